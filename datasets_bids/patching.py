@@ -130,7 +130,9 @@ def undo() -> None:
             delattr(a.owner, a.name)
         else:
             setattr(a.owner, a.name, a.original)
-    _swap_copies({id(a.replacement): a.original for a in _applied if inspect.ismodule(a.owner) and a.original is not None})
+    _swap_copies(
+        {id(a.replacement): a.original for a in _applied if inspect.ismodule(a.owner) and a.original is not None}
+    )
     _applied.clear()
 
 
