@@ -19,6 +19,7 @@ import functools
 import gzip
 import io
 import os
+import re
 import sys
 import threading
 import weakref
@@ -265,7 +266,7 @@ def looks_like(head: bytes) -> Optional[str]:
         return "empty: fetch the file again"
     if head.startswith(b"version https://git-lfs.github.com/"):
         return "a Git LFS pointer: run `git lfs pull` to fetch the image itself"
-    if b"annex/objects/" in head or b"annex\\objects\\" in head:
+    if re.match(rb"[./\\]*(git[/\\])?annex[/\\]objects[/\\]", head):
         return "a git-annex pointer: run `datalad get` or `git annex get` to fetch the image itself"
     if text.startswith((b"<!doctype html", b"<html")):
         return "an HTML page, most likely the error page of a download: fetch the file again"
@@ -295,10 +296,9 @@ def _load_stored(file: StoredFile) -> "nib.Nifti1Image":
     import nibabel as nib
 
     head = file.head()
-    if looks_like(head) is not None:
-        raise _not_an_image(file.name, head)
+    is_half = head[344:348] == b"ni1\0" or head[4:8] == b"ni2\0"
     for image_class in (nib.Nifti1Image, nib.Cifti2Image, nib.Nifti2Image):
-        if image_class.header_class.may_contain_header(head):
+        if image_class.header_class.may_contain_header(head) and not is_half:
             break
     else:
         raise _not_an_image(file.name, head)
@@ -610,7 +610,8 @@ def plain_storage(storage: pa.Array) -> pa.Array:
         storage = storage.storage
     type_ = storage.type
     if pa.types.is_dictionary(type_):
-        return plain_storage(storage.dictionary_decode())
+        # values first: pyarrow cannot decode dictionaries of views
+        return pa.DictionaryArray.from_arrays(storage.indices, plain_storage(storage.dictionary)).dictionary_decode()
     if pa.types.is_large_string(type_) or pa.types.is_string_view(type_):
         return storage.cast(pa.string())
     if pa.types.is_large_binary(type_) or pa.types.is_binary_view(type_) or pa.types.is_fixed_size_binary(type_):
@@ -733,6 +734,17 @@ def _encode_columns(features: Features, columns: Any) -> Any:
     return {k: _encode_images(v) if k in features and _has_nifti(features[k]) else v for k, v in columns.items()}
 
 
+def _infer_features_from_batch(original):
+    @functools.wraps(original)
+    def infer(batch, try_features=None):
+        inferred = {k: feature for k, v in batch.items() if (feature := _inferred_feature(v)) is not None}
+        features = original({k: _encode_images(v) if k in inferred else v for k, v in batch.items()}, try_features)
+        features.update(inferred)
+        return features
+
+    return infer
+
+
 def _cast_to_python_objects(original):
     @functools.wraps(original)
     def cast(obj, only_1d_for_numpy, optimize_list_casting):
@@ -842,6 +854,12 @@ def _does_not_infer() -> bool:
     return not isinstance(TypedSequence([_sample()[0]]).get_inferred_type(), Nifti)
 
 
+def _streams_no_images() -> bool:
+    from datasets.iterable_dataset import _infer_features_from_batch as infer
+
+    return not isinstance(infer({"image": [_sample()[0]]})["image"], Nifti)
+
+
 def _does_not_cast_images() -> bool:
     import nibabel as nib
 
@@ -919,6 +937,12 @@ PATCHES = (
         _infer_custom_type_and_encode,
         _does_not_infer,
         _UNTYPED,
+    ),
+    Patch(
+        "datasets.iterable_dataset:_infer_features_from_batch",
+        _infer_features_from_batch,
+        _streams_no_images,
+        "a streamed dataset without features that yields images cannot be pushed",
     ),
     Patch("datasets.features:Features.encode_example", _features_encode_example, _does_not_infer, _UNTYPED),
     Patch("datasets.features:Features.encode_column", _features_encode_column, _does_not_infer, _UNTYPED),
