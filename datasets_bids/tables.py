@@ -1,0 +1,353 @@
+"""Tables of participants and phenotypes: from .tsv, .csv and .xlsx cells to typed columns, keyed by subject.
+
+BIDS, "Data files for participants": one line a participant, `participant_id` first, `n/a` where a value is missing.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+from datasets.utils.logging import get_logger
+
+from .index import Index
+from .schema import _IDENTIFIERS, Pattern, SchemaError, did_you_mean
+
+
+logger = get_logger(__name__)
+
+Key = tuple[str | None, ...]  # (subject,) or (subject, session)
+
+_KEYS = ("participant_id", "subject_id")
+_NULLS = {"", "n/a", "N/A"}
+_DTYPES = ("string", "int64", "float64", "bool")
+# A leading zero is part of a name ("007"), not of a number.
+_NAME_OF_DIGITS = re.compile(r"0[0-9]")
+_BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_NAMED = 10  # how many subjects or cells one warning names
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One column of a table: the name it has there, its type (inferred where `None`) and what its labels stand for."""
+
+    column: str
+    dtype: str | None = None
+    labels: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """One entry of `metadata_from`.
+
+    Attributes:
+        path (`str`): pattern of the table relative to the root; with `{subject}` in it, of one table a subject
+        columns (`dict[str, Variable]`): name in the dataset -> where it comes from
+        rest (`bool`): take the table's other columns too, under their own names
+        key (`str`, *optional*): the column with the subject, by default `participant_id` or `subject_id`
+        session_key (`str`): the column with the session
+        sheet (`str`, *optional*): the sheet of an .xlsx file, by default the first
+        optional (`bool`): the table may be missing
+    """
+
+    path: str
+    columns: Mapping[str, Variable]
+    rest: bool
+    key: str | None = None
+    session_key: str = "session_id"
+    sheet: str | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    value: Any
+    path: str
+    row: int  # as a spreadsheet counts: the header is row 1
+    column: str
+
+
+def parse_metadata_from(metadata_from: object) -> list[TableSpec]:
+    """Checks `metadata_from`: a path, a dictionary (see [`TableSpec`]) or a list of these.
+
+    Raises:
+        SchemaError: names the table and the fix
+    """
+    entries = [] if metadata_from is None else metadata_from if isinstance(metadata_from, list | tuple) else [metadata_from]
+    return [_parse_table(entry) for entry in entries]
+
+
+def _parse_table(entry: object) -> TableSpec:
+    if isinstance(entry, str):
+        entry = {"path": entry}
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("path"), str):
+        raise SchemaError(f"metadata_from: expected a path or a dictionary with a 'path', got {entry!r}")
+    where = f"metadata_from {entry['path']!r}"
+    known = TableSpec.__dataclass_fields__
+    for key in entry:
+        if key not in known:
+            raise SchemaError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)} (the keys are {', '.join(known)})")
+    columns = entry.get("columns")
+    if not isinstance(columns, Mapping | None):
+        raise SchemaError(f"{where}: 'columns' is a dictionary: name in the dataset -> name in the table")
+    variables = {}
+    for name, variable in (columns or {}).items():
+        variable = {"column": variable} if isinstance(variable, str) else variable
+        fields = Variable.__dataclass_fields__
+        if not isinstance(variable, Mapping) or "column" not in variable:
+            raise SchemaError(f"{where}, column {name!r}: needs 'column', the name in the table")
+        for key in variable:
+            if key not in fields:
+                raise SchemaError(f"{where}, column {name!r}: unknown key {key!r}{did_you_mean(str(key), fields)}")
+        if variable.get("dtype") not in (None, *_DTYPES):
+            raise SchemaError(f"{where}, column {name!r}: dtype {variable['dtype']!r} is none of {', '.join(_DTYPES)}")
+        variables[name] = Variable(**variable)
+    options = {key: value for key, value in entry.items() if key != "columns"}
+    try:
+        Pattern(entry["path"], anchored=True)
+    except SchemaError as e:
+        raise SchemaError(f"metadata_from: {e}") from None
+    return TableSpec(**{"rest": columns is None, **options, "columns": variables})
+
+
+@dataclass
+class Metadata:
+    """What the tables say.
+
+    Attributes:
+        dtypes (`dict[str, str]`): column -> `"string"`, `"int64"`, `"float64"` or `"bool"`
+        rows (`dict[Key, dict]`): (subject,) or (subject, session) -> column -> value or `None`
+        listed (`dict[str, set[Key]]`): table, as `metadata_from` names it -> the rows it lists
+    """
+
+    dtypes: dict[str, str] = field(default_factory=dict)
+    rows: dict[Key, dict[str, Any]] = field(default_factory=dict)
+    listed: dict[str, set[Key]] = field(default_factory=dict)
+
+    def get(self, key: Key) -> dict[str, Any]:
+        """The values of a row: of its session where a table has sessions, of its subject otherwise."""
+        return {name: None for name in self.dtypes} | self.rows.get(key[:1], {}) | self.rows.get(key, {})
+
+
+def read_metadata(specs: list[TableSpec], index: Index, by_session: bool) -> Metadata:
+    """Reads and types the tables of a tree.
+
+    Cells that are empty or `n/a` are null; so are cells that cannot be read as their column's type and per-subject
+    tables that cannot be read at all, each with a warning that names the file (and row and column).
+
+    Raises:
+        ValueError: a table that cannot be read, that lacks a column or a subject, or that has a subject twice
+    """
+    metadata = Metadata()
+    for spec in specs:
+        metadata.listed[spec.path] = listed = set()
+        for name, column in _read_cells(spec, index, by_session, listed).items():
+            variable = spec.columns.get(name) or Variable(name)
+            if name in metadata.dtypes:
+                raise ValueError(
+                    f"{spec.path}: column {name!r} stands in an earlier table too; name it in 'columns' of metadata_from"
+                )
+            dtype, values = _typed(column, variable)
+            metadata.dtypes[name] = dtype
+            for key, value in values.items():
+                metadata.rows.setdefault(key, {})[name] = value
+    return metadata
+
+
+def _read_cells(spec: TableSpec, index: Index, by_session: bool, listed: set[Key]) -> dict[str, dict[Key, Cell]]:
+    """Column name in the dataset -> row key -> cell, for all files of a table. Adds the keys to `listed`."""
+    pattern = Pattern(spec.path, anchored=True)
+    matches = [(file.path, match) for file in index.files if (match := pattern.match(file.path)) is not None]
+    per_subject = "subject" in pattern.placeholders
+    if not matches and not spec.optional:
+        raise ValueError(
+            f"metadata_from {spec.path!r}: there is no such file under {index.root}; {pattern.nearest(index.tree)}"
+        )
+    if len(matches) > 1 and not per_subject:
+        raise ValueError(f"metadata_from {spec.path!r} matches several files: {', '.join(path for path, _ in matches)}")
+    cells: dict[str, dict[Key, Cell]] = {name: {} for name in spec.columns}
+    sources = {variable.column: name for name, variable in spec.columns.items()}
+    found, headers = set(), {}
+    for path, captures in matches:
+        try:
+            table = read_table(index.absolute(path), sheet=spec.sheet)
+        except ValueError as e:
+            if not per_subject:
+                raise
+            logger.warning(f"{e}; its values are null")
+            continue
+        headers |= dict.fromkeys(table.columns)
+        keys = dict(_row_keys(table, spec, path, captures, by_session))
+        _refuse_duplicates(keys, listed, path, by_session)
+        listed.update(keys.values())
+        for source in table.columns:
+            name = sources.get(source, source if spec.rest and source not in _identifying(spec, table) else None)
+            if name is None:
+                continue
+            found.add(source)
+            column = cells.setdefault(name, {})
+            for (row, key), value in zip(keys.items(), table[source], strict=True):
+                column[key] = Cell(value, path, row, source)
+    for source in sources:
+        if headers and source not in found:
+            raise ValueError(
+                f"metadata_from {spec.path!r}: there is no column {source!r}{did_you_mean(source, headers)} "
+                f"(the columns are {', '.join(headers)})"
+            )
+    return cells
+
+
+def _refuse_duplicates(keys: Mapping[int, Key], listed: set[Key], path: str, by_session: bool) -> None:
+    seen: dict[Key, int] = {}
+    for row, key in keys.items():
+        if key in seen or key in listed:
+            where = f"in row {seen[key]}" if key in seen else "in another table of this pattern"
+            raise ValueError(
+                f"{path}, row {row}: {' '.join(filter(None, key))} stands {where} already, and every row of the dataset "
+                "takes one" + ("" if by_session else '; if a row of the dataset is a session, say row="session"')
+            )
+        seen[key] = row
+
+
+def _identifying(spec: TableSpec, table: pd.DataFrame) -> set[str]:
+    return {spec.key or next((key for key in _KEYS if key in table), ""), spec.session_key}
+
+
+def _row_keys(
+    table: pd.DataFrame, spec: TableSpec, path: str, captures: Mapping[str, str], by_session: bool
+) -> Iterable[tuple[int, Key]]:
+    """(row as a spreadsheet counts it, its key) for every row of a table."""
+    subject, session = captures.get("subject"), captures.get("session")
+    key = spec.key or next((key for key in _KEYS if key in table), None)
+    if subject is None and (key is None or key not in table):
+        raise ValueError(
+            f"{path} has no column {spec.key or ' or '.join(_KEYS)!r} to find the subject by; set 'key' in metadata_from "
+            f"(its columns are {', '.join(table.columns)})"
+        )
+    sessions = table[spec.session_key] if by_session and spec.session_key in table else None
+    for i, row in enumerate(table.index):
+        of_subject = subject or _identifier(table[key].iloc[i], "subject")
+        if of_subject is None:
+            raise ValueError(f"{path}, row {row}, column {key!r}: no subject; every row needs one")
+        of_session = _identifier(sessions.iloc[i], "session") if sessions is not None else session if by_session else None
+        yield row, (of_subject,) if of_session is None else (of_subject, of_session)
+
+
+def _identifier(value: Any, kind: str) -> str | None:
+    """`01` or `sub-01` -> `sub-01`. Tables write identifiers both ways."""
+    if value is None:
+        return None
+    text = str(value)
+    return text if text.startswith(_IDENTIFIERS[kind]) else _IDENTIFIERS[kind] + text
+
+
+def read_table(path: str, sheet: str | None = None) -> pd.DataFrame:
+    """Reads a table with its first line as the header.
+
+    Returns:
+        `pandas.DataFrame`: cells are `str` (in .xlsx also `int`, `float`, `bool` or dates), missing ones `None`. The
+        index is the row as a spreadsheet counts it: the first line under the header is 2.
+
+    Raises:
+        ValueError: names the file and what is wrong with it
+    """
+    extension = path[path.rfind(".") :].lower()
+    try:
+        if extension in (".tsv", ".csv"):
+            # Blank lines count as rows until they are dropped below, so that a warning names the right one.
+            table = pd.read_csv(
+                path,
+                sep="\t" if extension == ".tsv" else ",",
+                dtype=object,
+                keep_default_na=False,
+                skip_blank_lines=False,
+                encoding="utf-8-sig",
+                index_col=False,
+            )
+        elif extension == ".xlsx":
+            table = pd.read_excel(
+                path, sheet_name=0 if sheet is None else sheet, dtype=object, keep_default_na=False, engine="openpyxl"
+            )
+        else:
+            raise ValueError("a table is a .tsv, .csv or .xlsx file")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: cannot be read as UTF-8 ({e}); save it as UTF-8") from e
+    except FileNotFoundError as e:
+        raise ValueError(f"{path}: the file is missing (a link that leads nowhere?)") from e
+    except PermissionError as e:
+        raise ValueError(f"{path}: no permission to read it") from e
+    except Exception as e:  # openpyxl and zipfile raise a dozen types for a damaged workbook
+        raise ValueError(f"{path}: cannot be read as a table ({str(e).strip() or type(e).__name__})") from e
+    table = table.astype(object)
+    table.columns = [str(column).strip() for column in table.columns]
+    table.index = range(2, len(table) + 2)
+    for i in range(table.shape[1]):
+        table.isetitem(i, pd.Series([_value(cell) for cell in table.iloc[:, i]], index=table.index, dtype=object))
+    return table.dropna(how="all")
+
+
+def _value(cell: Any) -> Any:
+    if isinstance(cell, str):
+        cell = cell.strip()
+        return None if cell in _NULLS else cell
+    return None if pd.isna(cell) else cell
+
+
+def _typed(cells: Mapping[Key, Cell], variable: Variable) -> tuple[str, dict[Key, Any]]:
+    """The type of a column and its values by row key; a value that is not of the type is null, with a warning."""
+    values = {
+        key: variable.labels.get(str(cell.value), cell.value) if cell.value is not None else None
+        for key, cell in cells.items()
+    }
+    dtype = variable.dtype or _infer_dtype(values.values())
+    typed, bad = {}, []
+    for key, value in values.items():
+        try:
+            typed[key] = None if value is None else _convert(value, dtype)
+        except (ValueError, OverflowError):
+            typed[key] = None
+            bad.append(cells[key])
+    for cell in bad[:_NAMED]:
+        logger.warning(
+            f"{cell.path}, row {cell.row}, column {cell.column!r}: {cell.value!r} is not of type {dtype}; stored as null"
+        )
+    if len(bad) > _NAMED:
+        logger.warning(f"{bad[0].path}, column {bad[0].column!r}: {len(bad) - _NAMED} more such cells")
+    return dtype, typed
+
+
+def _infer_dtype(values: Iterable[Any]) -> str:
+    values = [value for value in values if value is not None]
+    if not values or any(isinstance(value, str) and _NAME_OF_DIGITS.match(value) for value in values):
+        return "string"
+    if any(isinstance(value, bool) for value in values):
+        return "bool" if all(isinstance(value, bool) for value in values) else "string"
+    for dtype in ("int64", "float64"):
+        try:
+            for value in values:
+                _convert(value, dtype)
+            return dtype
+        except (ValueError, OverflowError):
+            continue
+    return "string"
+
+
+def _convert(value: Any, dtype: str) -> Any:
+    if dtype == "string":
+        if isinstance(value, float) and value.is_integer():
+            return str(int(value))  # a spreadsheet holds 7 as 7.0
+        return value.isoformat() if hasattr(value, "isoformat") else str(value)
+    if dtype == "bool":
+        if str(value).lower() not in _BOOLS:
+            raise ValueError
+        return _BOOLS[str(value).lower()]
+    if isinstance(value, str) and "_" in value or hasattr(value, "isoformat"):
+        raise ValueError  # int() and float() take underscores, and a date is no number
+    if dtype == "int64":
+        number = int(value)
+        if not isinstance(value, str) and number != value or not -(2**63) <= number < 2**63:
+            raise ValueError
+        return number
+    number = float(value)
+    return None if number != number else number
