@@ -13,6 +13,9 @@ import os
 import sys
 
 
+# What makes this module a package, of modules that only the finder below finds.
+__path__: list[str] = []
+
 _PREFIX = __name__ + "."
 
 

@@ -14,7 +14,6 @@ from .schema import (
     CaptureColumn,
     Column,
     CompanionColumn,
-    EntityColumn,
     ImageColumn,
     SchemaError,
     did_you_mean,
@@ -113,9 +112,7 @@ class BidsBuilder(datasets.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager):
         if self._rows is None:
             raise ValueError(f"builder {self.dataset_name!r} reads a local tree: pass its directory as data_dir=")
-        return [
-            datasets.SplitGenerator(name=split, gen_kwargs={"rows": rows}) for split, rows in self._rows.items()
-        ]
+        return [datasets.SplitGenerator(name=split, gen_kwargs={"rows": rows}) for split, rows in self._rows.items()]
 
     def _generate_examples(self, rows):
         for row in rows:
@@ -214,7 +211,8 @@ class _Row:
         if len(paths) > 1 and not column.many:
             raise ValueError(
                 f"column {name!r} takes one image a row, but {len(paths)} match: {', '.join(paths)}. Narrow the pattern, "
-                'or keep them all with "many": True' + ('; or say row="session"' if len(self.captures["session"]) > 1 else "")
+                'or keep them all with "many": True'
+                + ('; or say row="session"' if len(self.captures["session"]) > 1 else "")
             )
         return paths
 
@@ -255,7 +253,10 @@ def _refuse_unmatched(
                 'Mend the pattern or data_dir, or mark the column "optional": True'
             )
     if not matched:
-        raise SchemaError(f"no image under {index.root} matches any column")
+        pattern = next(column for column in columns.values() if isinstance(column, ImageColumn)).patterns[0]
+        raise SchemaError(
+            f"no image under {index.root} matches any column, such as {pattern.text!r}; {pattern.nearest(index.tree)}"
+        )
 
 
 def _has_sessions(matches: Mapping[str, list[_Match]]) -> bool:
@@ -298,7 +299,9 @@ def _cell(
         values = row.captures[column.placeholder]
         if len(values) > 1:
             (one, a), (other, b) = list(values.items())[:2]
-            raise ValueError(f"column {name!r}: a row has one {{{column.placeholder}}}, but {a} has {one} and {b} has {other}")
+            raise ValueError(
+                f"column {name!r}: a row has one {{{column.placeholder}}}, but {a} has {one} and {b} has {other}"
+            )
         return next((column.labels.get(value, value) for value in values), None)
     source = _source(name, column)
     paths = images[source]

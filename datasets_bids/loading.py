@@ -7,15 +7,15 @@ of what came from there, is ever run.
 
 import ast
 import functools
-import importlib
 import inspect
 import os
+import sys
+from pathlib import Path
+
+import datasets.load
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from . import __version__, _loaded
-
-
-# The modules that hold the function under their own name.
-_HOLDERS = ("datasets.load", "datasets.inspect", "datasets.commands.test")
 
 
 def find_script(path: str | os.PathLike) -> str | None:
@@ -24,20 +24,18 @@ def find_script(path: str | os.PathLike) -> str | None:
     Returns:
         `str` or `None`: its absolute path, if it declares a `BidsBuilder` and is no file from the Hub
     """
-    from datasets import config
-
     path = os.path.abspath(os.path.expanduser(os.fspath(path)))
     script = path if path.endswith(".py") else os.path.join(path, os.path.basename(path) + ".py")
-    if not os.path.isfile(script):
+    if not os.path.isfile(script) or _is_cached(script) or _is_cached(os.path.realpath(script)):
         return None
-    caches = [config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, config.HF_MODULES_CACHE, config.HF_HUB_CACHE]
-    caches += [config.DOWNLOADED_DATASETS_PATH]
-    for name in (script, os.path.realpath(script)):
-        for cache in caches:
-            for root in (os.path.abspath(cache), os.path.realpath(cache)):
-                if os.path.commonpath([root, name]) == root:
-                    return None
     return script if _declares_bids_builder(script) else None
+
+
+def _is_cached(path: str) -> bool:
+    caches = [HF_HUB_CACHE, datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE]
+    caches += [datasets.config.HF_MODULES_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH]
+    roots = {resolve(os.path.expanduser(cache)) for cache in caches for resolve in (os.path.abspath, os.path.realpath)}
+    return any(Path(path).is_relative_to(root) for root in roots)
 
 
 def _declares_bids_builder(script: str) -> bool:
@@ -56,8 +54,6 @@ def wrap(original):
 
     @functools.wraps(original)
     def dataset_module_factory(*args, **kwargs):
-        from datasets.load import DatasetModule
-
         arguments = signature.bind(*args, **kwargs).arguments
         path = arguments["path"]
         if path == "bids":
@@ -75,30 +71,32 @@ def wrap(original):
             if "://" in os.fspath(data_dir):
                 raise ValueError(f"data_dir={data_dir!r}: only local directories can be read")
             builder_kwargs["data_dir"] = os.path.abspath(os.path.expanduser(os.fspath(data_dir)))
-        return DatasetModule(module_path, f"{code_hash}-{__version__}", builder_kwargs)
+        return datasets.load.DatasetModule(module_path, f"{code_hash}-{__version__}", builder_kwargs)
 
     dataset_module_factory._datasets_bids = True
     return dataset_module_factory
 
 
+def _holders():
+    """The loaded modules that hold the function by name; those loaded later copy what `datasets.load` has by then."""
+    names = ("datasets.load", "datasets.inspect", "datasets.commands.test")
+    return [sys.modules[name] for name in names if hasattr(sys.modules.get(name), "dataset_module_factory")]
+
+
 def install() -> None:
     """Puts the wrapped function in the place of the original. Does nothing the second time."""
-    import datasets.load
-
     original = datasets.load.dataset_module_factory
     if getattr(original, "_datasets_bids", False):
         return
     wrapped = wrap(original)
-    for name in _HOLDERS:
-        module = importlib.import_module(name)
-        if getattr(module, "dataset_module_factory", None) is original:
+    for module in _holders():
+        if module.dataset_module_factory is original:
             module.dataset_module_factory = wrapped
 
 
 def uninstall() -> None:
     """Puts the original back."""
-    for name in _HOLDERS:
-        module = importlib.import_module(name)
-        function = getattr(module, "dataset_module_factory", None)
-        if getattr(function, "_datasets_bids", False):
-            module.dataset_module_factory = function.__wrapped__
+    for module in _holders():
+        module.dataset_module_factory = getattr(
+            module.dataset_module_factory, "__wrapped__", module.dataset_module_factory
+        )

@@ -85,7 +85,9 @@ class Pattern:
             if name is None:
                 continue
             if not name.isidentifier():
-                raise SchemaError(f"pattern {text!r}: {{{name}}} is no placeholder; use letters, digits and underscores")
+                raise SchemaError(
+                    f"pattern {text!r}: {{{name}}} is no placeholder; use letters, digits and underscores"
+                )
             if name not in _IDENTIFIERS:
                 close = difflib.get_close_matches(name, _IDENTIFIERS, n=1, cutoff=0.75)
                 if close or name in ("sub", "ses", "participant"):
@@ -217,7 +219,9 @@ def parse_schema(schema: Mapping[str, object]) -> dict[str, Column]:
     for name, column in columns.items():
         of = getattr(column, "of", None)
         if of is not None and of not in images:
-            raise SchemaError(f"column {name!r}: 'of' names {of!r}, which is no image column{did_you_mean(of, images)}")
+            raise SchemaError(
+                f"column {name!r}: 'of' names {of!r}, which is no image column{did_you_mean(of, images)}"
+            )
         if isinstance(column, CaptureColumn) and column.placeholder not in placeholders:
             raise SchemaError(
                 f"column {name!r}: unknown placeholder {column.placeholder!r}, no pattern of this schema has it"

@@ -6,6 +6,7 @@ BIDS, "Data files for participants": one line a participant, `participant_id` fi
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import Any
 
 import pandas as pd
@@ -44,7 +45,8 @@ class TableSpec:
     Attributes:
         path (`str`): pattern of the table relative to the root; with `{subject}` in it, of one table a subject
         columns (`dict[str, Variable]`): name in the dataset -> where it comes from
-        rest (`bool`): take the table's other columns too, under their own names
+        rest (`bool`): take the table's other columns too, under their own names (with the pattern's last word, as in
+            `"Comment (outcome)"`, where an earlier table has that name); the default where `columns` are not given
         key (`str`, *optional*): the column with the subject, by default `participant_id` or `subject_id`
         session_key (`str`): the column with the session
         sheet (`str`, *optional*): the sheet of an .xlsx file, by default the first
@@ -74,7 +76,9 @@ def parse_metadata_from(metadata_from: object) -> list[TableSpec]:
     Raises:
         SchemaError: names the table and the fix
     """
-    entries = [] if metadata_from is None else metadata_from if isinstance(metadata_from, list | tuple) else [metadata_from]
+    entries = (
+        [] if metadata_from is None else metadata_from if isinstance(metadata_from, list | tuple) else [metadata_from]
+    )
     return [_parse_table(entry) for entry in entries]
 
 
@@ -87,7 +91,9 @@ def _parse_table(entry: object) -> TableSpec:
     known = TableSpec.__dataclass_fields__
     for key in entry:
         if key not in known:
-            raise SchemaError(f"{where}: unknown key {key!r}{did_you_mean(str(key), known)} (the keys are {', '.join(known)})")
+            raise SchemaError(
+                f"{where}: unknown key {key!r}{did_you_mean(str(key), known)} (the keys are {', '.join(known)})"
+            )
     columns = entry.get("columns")
     if not isinstance(columns, Mapping | None):
         raise SchemaError(f"{where}: 'columns' is a dictionary: name in the dataset -> name in the table")
@@ -127,7 +133,7 @@ class Metadata:
 
     def get(self, key: Key) -> dict[str, Any]:
         """The values of a row: of its session where a table has sessions, of its subject otherwise."""
-        return {name: None for name in self.dtypes} | self.rows.get(key[:1], {}) | self.rows.get(key, {})
+        return dict.fromkeys(self.dtypes) | self.rows.get(key[:1], {}) | self.rows.get(key, {})
 
 
 def read_metadata(specs: list[TableSpec], index: Index, by_session: bool) -> Metadata:
@@ -144,6 +150,8 @@ def read_metadata(specs: list[TableSpec], index: Index, by_session: bool) -> Met
         metadata.listed[spec.path] = listed = set()
         for name, column in _read_cells(spec, index, by_session, listed).items():
             variable = spec.columns.get(name) or Variable(name)
+            if name in metadata.dtypes and name not in spec.columns:
+                name = f"{name} ({PurePosixPath(spec.path).stem.rpartition('_')[2]})"
             if name in metadata.dtypes:
                 raise ValueError(
                     f"{spec.path}: column {name!r} stands in an earlier table too; name it in 'columns' of metadata_from"
@@ -164,8 +172,12 @@ def _read_cells(spec: TableSpec, index: Index, by_session: bool, listed: set[Key
         raise ValueError(
             f"metadata_from {spec.path!r}: there is no such file under {index.root}; {pattern.nearest(index.tree)}"
         )
+    if not matches:
+        logger.warning(f"metadata_from {spec.path!r}: there is no such file under {index.root}; the values are null")
     if len(matches) > 1 and not per_subject:
-        raise ValueError(f"metadata_from {spec.path!r} matches several files: {', '.join(path for path, _ in matches)}")
+        raise ValueError(
+            f"metadata_from {spec.path!r} matches several files: {', '.join(path for path, _ in matches)}"
+        )
     cells: dict[str, dict[Key, Cell]] = {name: {} for name in spec.columns}
     sources = {variable.column: name for name, variable in spec.columns.items()}
     found, headers = set(), {}
@@ -178,6 +190,7 @@ def _read_cells(spec: TableSpec, index: Index, by_session: bool, listed: set[Key
             logger.warning(f"{e}; its values are null")
             continue
         headers |= dict.fromkeys(table.columns)
+        path = index.absolute(path)
         keys = dict(_row_keys(table, spec, path, captures, by_session))
         _refuse_duplicates(keys, listed, path, by_session)
         listed.update(keys.values())
@@ -230,7 +243,9 @@ def _row_keys(
         of_subject = subject or _identifier(table[key].iloc[i], "subject")
         if of_subject is None:
             raise ValueError(f"{path}, row {row}, column {key!r}: no subject; every row needs one")
-        of_session = _identifier(sessions.iloc[i], "session") if sessions is not None else session if by_session else None
+        of_session = (
+            _identifier(sessions.iloc[i], "session") if sessions is not None else session if by_session else None
+        )
         yield row, (of_subject,) if of_session is None else (of_subject, of_session)
 
 

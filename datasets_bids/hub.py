@@ -1,0 +1,185 @@
+"""Where a dataset goes: a directory with the layout of a Hub repository.
+
+How it works:
+
+- The plan (rows of every shard, bytes of every row) is made before anything is written.
+- A shard is written to a hidden directory beside the data, under a temporary name, and renamed when it is whole. Its name
+  there tells what is in it (sources with size and time, values, features), so a shard that an earlier run finished is
+  recognised, and one whose sources changed since is not.
+- When all shards are there, they are renamed into place, what an earlier push left over goes, and the card is written
+  last.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+from datasets.utils import tqdm
+from huggingface_hub import DatasetCard
+
+from . import __version__
+from .card import update_card
+from .embed import write_shard
+from .shards import Shard, embedded_nbytes, plan_shards
+
+
+# The hidden directory of shards that are not in place yet; load_dataset looks into no hidden directory.
+_STAGING = ".datasets-bids"
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What a push will write.
+
+    Attributes:
+        config_name (`str`): the config
+        splits (`dict[str, Dataset]`): split -> rows of paths
+        shards (`dict[str, list[Shard]]`): split -> its shards
+        largest_row (`int`): bytes
+    """
+
+    config_name: str
+    splits: Mapping[str, datasets.Dataset]
+    shards: Mapping[str, list[Shard]]
+    largest_row: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(shard.nbytes for shards in self.shards.values() for shard in shards)
+
+    @property
+    def directory(self) -> str:
+        """Directory of the shards in the repository, as `Dataset.push_to_hub` names it."""
+        return "data" if self.config_name == "default" else self.config_name
+
+    def path_in_repo(self, split: str, shard: Shard) -> str:
+        return f"{self.directory}/{split}-{shard.index:05d}-of-{shard.num_shards:05d}.parquet"
+
+    def data_files(self) -> dict[str, str]:
+        """Split -> glob of its shards."""
+        return {split: f"{self.directory}/{split}-*" for split in self.splits}
+
+
+def plan_push(
+    splits: Mapping[str, datasets.Dataset],
+    config_name: str = "default",
+    max_shard_size: int | str | None = None,
+    num_shards: int | None = None,
+) -> PushPlan:
+    """Measures every file and plans the shards. Reads no volume.
+
+    Raises:
+        ValueError: files that cannot be stored, all of them by name
+    """
+    nbytes = {split: embedded_nbytes(dataset) for split, dataset in splits.items()}
+    shards = {split: plan_shards(nbytes[split], max_shard_size, num_shards) for split in splits}
+    return PushPlan(
+        config_name, splits, shards, max((int(sizes.max()) for sizes in nbytes.values() if len(sizes)), default=0)
+    )
+
+
+def push_to_directory(plan: PushPlan, output_dir: str | os.PathLike, card: DatasetCard) -> None:
+    """Writes the shards and the card into a directory with the layout of the Hub repository.
+
+    Killed anywhere and started again, it goes on with the shards that are not finished. Other configs in the directory
+    are left alone; a config of the same name is replaced.
+
+    Args:
+        plan (`PushPlan`): what to write
+        output_dir (`str` or `os.PathLike`): created if it is not there
+        card (`DatasetCard`): the builder's card
+
+    Raises:
+        OSError: the disk is full, or the directory cannot be written
+        ValueError: a file changed while it was read
+    """
+    output_dir = Path(output_dir).expanduser().absolute()
+    staging = output_dir / _STAGING / plan.directory
+    staging.mkdir(parents=True, exist_ok=True)
+    staged = {
+        (split, shard): staging / f"{fingerprint(dataset, shard)}.parquet"
+        for split, dataset in plan.splits.items()
+        for shard in plan.shards[split]
+    }
+    for leftover in set(staging.iterdir()) - set(staged.values()):
+        leftover.unlink()
+    todo = {key: path for key, path in staged.items() if not path.exists()}
+    needed = sum(shard.nbytes for _, shard in todo)
+    free = shutil.disk_usage(output_dir).free
+    if needed > free:
+        raise OSError(f"{output_dir}: {needed:,} bytes are to be written and {free:,} are free; choose another disk")
+    with progress_bar(plan.nbytes) as bar:
+        bar.update(plan.nbytes - needed)
+        for done, ((split, shard), path) in enumerate(todo.items()):
+            bar.set_postfix_str(f"shard {len(staged) - len(todo) + done + 1} of {len(staged)}")
+            _write_whole(
+                path, lambda temporary: write_shard(plan.splits[split], shard, temporary, progress=bar.update)
+            )
+    placed = {}
+    for (split, shard), path in staged.items():
+        target = output_dir / plan.path_in_repo(split, shard)
+        placed[target] = path
+    (output_dir / plan.directory).mkdir(exist_ok=True)
+    for old in set((output_dir / plan.directory).glob("*.parquet")) - set(placed):
+        old.unlink()
+    for target, path in placed.items():
+        os.replace(path, target)
+    readme = output_dir / "README.md"
+    existing = DatasetCard.load(readme) if readme.exists() else None
+    updated = update_card(card, existing, dataset_info(plan, [*placed]), plan.data_files())
+    _write_whole(readme, lambda temporary: Path(temporary).write_text(str(updated), encoding="utf-8"))
+    shutil.rmtree(output_dir / _STAGING, ignore_errors=True)
+
+
+def dataset_info(plan: PushPlan, files: list[Path]) -> datasets.DatasetInfo:
+    """What the card says of a config: features, rows and bytes of its splits."""
+    first = next(iter(plan.splits.values()))
+    info = first.info.copy()
+    info.config_name = plan.config_name
+    info.features = first.features
+    info.splits = datasets.SplitDict()
+    for split, dataset in plan.splits.items():
+        nbytes = sum(shard.nbytes for shard in plan.shards[split])
+        info.splits.add(datasets.SplitInfo(split, num_bytes=nbytes, num_examples=len(dataset)))
+    info.download_size = sum(file.stat().st_size for file in files)
+    info.dataset_size = plan.nbytes
+    info.download_checksums = None
+    return info
+
+
+def fingerprint(dataset: datasets.Dataset, shard: Shard) -> str:
+    """Tells two shards apart whose files would differ, by values, paths, sizes and times. Reads no volume."""
+    digest = hashlib.sha256(f"{__version__} {dataset.features} {shard}".encode())
+    for row in dataset.with_format("arrow")[shard.start : shard.stop].to_pylist():
+        digest.update(repr(row).encode(errors="surrogateescape"))
+        for path in _paths(row):
+            if os.path.exists(path):
+                stat = os.stat(path)
+                digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _paths(value: object) -> list[str]:
+    if isinstance(value, Mapping):
+        own = [value["path"]] if isinstance(value.get("path"), str) and value.get("bytes", b"") is None else []
+        return own + [path for item in value.values() for path in _paths(item)]
+    return [path for item in value for path in _paths(item)] if isinstance(value, list) else []
+
+
+def _write_whole(path: Path, write: Callable[[str], object]) -> None:
+    """Writes under a temporary name and renames, so that a file with its own name is always whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(str(temporary))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def progress_bar(total: int) -> tqdm:
+    """Bytes done, of how many, and the time left."""
+    return tqdm(total=total, unit="B", unit_scale=True, desc="Embedding")
