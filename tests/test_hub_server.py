@@ -1,7 +1,8 @@
 """The test server itself, driven by the stock clients: what the tests of `hub.py` stand on."""
 
 import pytest
-from hub_server import Client, Fault, HubServer
+
+from .hub_server import Client, Fault, HubServer
 
 
 @pytest.fixture(scope="module")
