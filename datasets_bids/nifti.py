@@ -37,6 +37,7 @@ from datasets.features import Features, Nifti
 from datasets.features.features import _visit, cast_to_python_objects, decode_nested_example, encode_nested_example
 from datasets.utils.file_utils import is_local_path, xopen
 from datasets.utils.py_utils import string_to_dict
+from fsspec.implementations.local import LocalFileSystem
 from numpy.lib import recfunctions
 
 from .patching import Patch
@@ -332,6 +333,10 @@ def _load_path(path: str) -> "nib.spatialimages.SpatialImage":
                 f"{path} is a link to a file that is not there: run `datalad get` or `git annex get` to fetch it."
             ) from e
         raise
+    except OSError:
+        raise
+    except Exception as e:
+        raise ValueError(f"{path}: the header cannot be read ({e}). Convert the file again.") from e
     if isinstance(image, nib.Nifti1Image) and not path.lower().endswith((".gz", ".bz2", ".zst")):
         _check_size(image, os.path.getsize(path), path)
     return image
@@ -542,6 +547,8 @@ def decode_example(
         # gzipped files in streaming mode have the structure 'gzip://T1.nii::<local_path>'
         if path.startswith("gzip://") and is_local_path(path.split("::")[-1]):
             path = path.split("::")[-1]
+        if path.startswith("file://"):
+            path = LocalFileSystem._strip_protocol(path)
         if is_local_path(path):
             image = _load_path(path)
         else:
@@ -729,9 +736,13 @@ def _features_encode_column(original):
 
 
 def _encode_columns(features: Features, columns: Any) -> Any:
-    if "nibabel" not in sys.modules or not isinstance(columns, dict):
+    def holds_images(k, v):
+        # cheapest first: this runs for every cell of every example that is written
+        return (isinstance(v, (dict, list, tuple)) or is_image(v)) and k in features and _has_nifti(features[k])
+
+    if not isinstance(columns, dict):
         return columns
-    return {k: _encode_images(v) if k in features and _has_nifti(features[k]) else v for k, v in columns.items()}
+    return {k: _encode_images(v) if holds_images(k, v) else v for k, v in columns.items()}
 
 
 def _infer_features_from_batch(original):
