@@ -24,7 +24,7 @@ import sys
 import threading
 import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Union
 
 import datasets
 import numpy as np
@@ -69,7 +69,7 @@ class StoredFile(io.RawIOBase):
         OSError: on reading, if the data are damaged or cut off. The message names the file.
     """
 
-    def __init__(self, source: Union[bytes, str], path: Optional[str] = None):
+    def __init__(self, source: bytes | str, path: str | None = None):
         super().__init__()
         self.source = source
         self.path = source if isinstance(source, str) else path
@@ -80,7 +80,7 @@ class StoredFile(io.RawIOBase):
         self._local = threading.local()
         self._stream: Any = None
         self._at = 0
-        self._kept: Optional[bytearray] = None
+        self._kept: bytearray | None = None
         with self._raw() as f:
             start = f.read(4)
         self.compression = next((kind for kind, magic in _MAGIC.items() if start.startswith(magic)), None)
@@ -256,7 +256,7 @@ def _is_trailing(error: gzip.BadGzipFile) -> bool:
     return str(error).startswith("Not a gzipped file")
 
 
-def looks_like(head: bytes) -> Optional[str]:
+def looks_like(head: bytes) -> str | None:
     """What bytes that are no NIfTI image look like, and what to do about it; `None` if they look like nothing known.
 
     Args:
@@ -360,7 +360,7 @@ def is_image(value: Any) -> bool:
 
 def encode_example(
     self: Nifti, value: Union[str, os.PathLike, bytes, bytearray, dict, "nib.Nifti1Image"]
-) -> dict[str, Optional[Union[str, bytes]]]:
+) -> dict[str, str | bytes | None]:
     """Encode an example into the format for Arrow.
 
     Args:
@@ -412,7 +412,7 @@ def _holds(path: str, bytes_: bytes) -> bool:
 
 def encode_nibabel_image(
     img: "nib.dataobj_images.DataobjImage", force_bytes: bool = False
-) -> dict[str, Optional[Union[str, bytes]]]:
+) -> dict[str, str | bytes | None]:
     """Encode a nibabel image into a dictionary.
 
     An image that was not modified since it was read is encoded as what it was read from, byte for byte.
@@ -437,7 +437,7 @@ def encode_nibabel_image(
     return {"path": None, "bytes": _to_bytes(img)}
 
 
-def _unmodified_source(image: "nib.dataobj_images.DataobjImage") -> Union[None, str, StoredFile]:
+def _unmodified_source(image: "nib.dataobj_images.DataobjImage") -> None | str | StoredFile:
     """The path or the file that `image` was read from, if nibabel would write nothing else than what is there."""
     proxy = image.dataobj
     if not getattr(proxy, "is_proxy", False) or getattr(image, "_dtype_alias", None) is not None:
@@ -466,7 +466,7 @@ def _unmodified_source(image: "nib.dataobj_images.DataobjImage") -> Union[None, 
     return source if same else None
 
 
-def _equal_affines(a: Optional[np.ndarray], b: Optional[np.ndarray]) -> bool:
+def _equal_affines(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     return a is b or (a is not None and b is not None and np.array_equal(a, b, equal_nan=True))
 
 
@@ -516,7 +516,7 @@ def _to_bytes(image: "nib.dataobj_images.DataobjImage") -> bytes:
 
 
 def decode_example(
-    self: Nifti, value: Union[str, dict], token_per_repo_id: Optional[dict[str, Union[str, bool, None]]] = None
+    self: Nifti, value: str | dict, token_per_repo_id: dict[str, str | bool | None] | None = None
 ) -> "nib.Nifti1Image":
     """Decode an example into a nibabel image.
 
@@ -561,7 +561,7 @@ def decode_example(
     return image
 
 
-def _token(path: str, token_per_repo_id: dict[str, Union[str, bool, None]]) -> Union[str, bool, None]:
+def _token(path: str, token_per_repo_id: dict[str, str | bool | None]) -> str | bool | None:
     url = path.split("::")[-1]
     pattern = config.HUB_DATASETS_URL if url.startswith(config.HF_ENDPOINT) else config.HUB_DATASETS_HFFS_URL
     fields = string_to_dict(url, pattern)
@@ -669,7 +669,7 @@ def _encode_images(value: Any) -> Any:
     return value
 
 
-def _first_image_depth(data: Any) -> Optional[int]:
+def _first_image_depth(data: Any) -> int | None:
     """0 if the first value of `data` that is not empty is an image, 1 if it is a list of images, `None` otherwise."""
     if "nibabel" not in sys.modules or not isinstance(data, (list, tuple)):
         return None
@@ -682,7 +682,7 @@ def _first_image_depth(data: Any) -> Optional[int]:
     return None
 
 
-def _inferred_feature(data: Any) -> Union[None, Nifti, List]:
+def _inferred_feature(data: Any) -> None | Nifti | List:
     depth = _first_image_depth(data)
     return None if depth is None else List(Nifti()) if depth else Nifti()
 
