@@ -130,12 +130,13 @@ def push_to_directory(plan: PushPlan, output_dir: str | os.PathLike, card: Datas
         os.replace(path, target)
     readme = output_dir / "README.md"
     existing = DatasetCard.load(readme) if readme.exists() else None
-    updated = update_card(card, existing, dataset_info(plan, [*placed]), plan.data_files())
+    info = dataset_info(plan, sum(file.stat().st_size for file in placed))
+    updated = update_card(card, existing, info, plan.data_files())
     _write_whole(readme, lambda temporary: Path(temporary).write_text(str(updated), encoding="utf-8"))
     shutil.rmtree(output_dir / _STAGING, ignore_errors=True)
 
 
-def dataset_info(plan: PushPlan, files: list[Path]) -> datasets.DatasetInfo:
+def dataset_info(plan: PushPlan, download_size: int) -> datasets.DatasetInfo:
     """What the card says of a config: features, rows and bytes of its splits."""
     first = next(iter(plan.splits.values()))
     info = first.info.copy()
@@ -145,7 +146,7 @@ def dataset_info(plan: PushPlan, files: list[Path]) -> datasets.DatasetInfo:
     for split, dataset in plan.splits.items():
         nbytes = sum(shard.nbytes for shard in plan.shards[split])
         info.splits.add(datasets.SplitInfo(split, num_bytes=nbytes, num_examples=len(dataset)))
-    info.download_size = sum(file.stat().st_size for file in files)
+    info.download_size = download_size
     info.dataset_size = plan.nbytes
     info.download_checksums = None
     return info
@@ -183,3 +184,14 @@ def _write_whole(path: Path, write: Callable[[str], object]) -> None:
 def progress_bar(total: int) -> tqdm:
     """Bytes done, of how many, and the time left."""
     return tqdm(total=total, unit="B", unit_scale=True, desc="Embedding")
+
+
+def size(nbytes: float) -> str:
+    """Bytes for a reader: `98.7 GB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            break
+        nbytes /= 1000
+    else:
+        unit = "TB"
+    return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"

@@ -1,6 +1,7 @@
 """`python -m datasets_bids.push BUILDER --data-dir TREE`: options in, words and progress out."""
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import datasets
 import yaml
 
 from .card import builder_card
-from .hub import PushPlan, plan_push, push_to_directory
+from .hub import PushPlan, plan_push, push_to_directory, size
+from .upload import HubPush, Workers, dask_executor, make_target
 
 
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:
@@ -20,13 +22,31 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", help="name of the builder's config")
     parser.add_argument("--schema", help="for bids: a YAML file with schema, row, metadata_from and splits")
     parser.add_argument("--output-dir", help="write the repository into this directory")
+    parser.add_argument("--repo-id", help="push to this dataset on the Hub, such as hugging-science/isles24-stroke")
+    parser.add_argument("--private", action="store_true", default=None, help="make the repository private")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch to push to (default: main)")
+    parser.add_argument("--create-pr", action="store_true", help="push to a new pull request")
+    parser.add_argument("--num-proc", type=int, default=1, help="processes that embed and upload shards (default: 1)")
+    parser.add_argument(
+        "--dask", metavar="ADDRESS", help="let an existing Dask cluster do it, such as tcp://scheduler:8786"
+    )
+    parser.add_argument("--verify-only", action="store_true", help="compare what is on the Hub with the tree, no more")
+    parser.add_argument("--abort", action="store_true", help="remove what an unfinished push left, no more")
     parser.add_argument("--dry-run", action=argparse.BooleanOptionalAction, help="build and plan, but write nothing")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--max-shard-size", help="bound of a shard's size (default: 500MB)")
     size.add_argument("--num-shards", type=int, help="number of shards of each split")
     options = parser.parse_args(args)
-    if not options.dry_run and not options.output_dir:
-        parser.error("say where to: --output-dir DIR, or --dry-run")
+    if not options.dry_run and not options.output_dir and not options.repo_id:
+        parser.error("say where to: --repo-id ORG/NAME, --output-dir DIR, or --dry-run")
+    if options.output_dir and options.repo_id:
+        parser.error("--repo-id and --output-dir are two pushes; choose one")
+    if options.num_proc < 1:
+        parser.error("--num-proc is at least 1")
+    if not options.repo_id:
+        for name in ("private", "revision", "create_pr", "dask", "verify_only", "abort"):
+            if getattr(options, name):
+                parser.error(f"--{name.replace('_', '-')} goes with --repo-id")
     return options
 
 
@@ -73,15 +93,28 @@ def describe(plan: PushPlan, unused_images: list[str]) -> list[str]:
     return lines
 
 
-def size(nbytes: float) -> str:
-    """Bytes for a reader: `98.7 GB`."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            break
-        nbytes /= 1000
+def push_to_hub(plan: PushPlan, options: argparse.Namespace, builder: datasets.DatasetBuilder) -> None:
+    push = HubPush(
+        plan,
+        make_target(options.repo_id, options.revision, options.create_pr),
+        builder_card(builder),
+        options={"num_shards": options.num_shards, "max_shard_size": options.max_shard_size},
+        private=options.private,
+        private_because=getattr(builder, "PRIVATE_BECAUSE", None),
+    )
+    repo_id = push.target.repo_id
+    if options.abort:
+        print("\n".join(push.abort()))
+    elif options.verify_only:
+        push.verify_only()
+        print(f"{repo_id} is what the tree gives: {len(push.sources)} shards, first and last example read back.")
     else:
-        unit = "TB"
-    return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.1f} {unit}"
+        with dask_executor(options.dask) if options.dask else contextlib.nullcontext() as executor:
+            commit = push.run(Workers(options.num_proc, executor))
+        print(f"Done and verified: {commit.pr_url or commit.commit_url}")
+        print(
+            f"Load it with load_dataset({repo_id!r}{'' if plan.config_name == 'default' else f', {plan.config_name!r}'})"
+        )
 
 
 def main(args: list[str] | None = None) -> int:
@@ -94,8 +127,14 @@ def main(args: list[str] | None = None) -> int:
         if options.dry_run:
             print("Dry run complete. Dataset built but not pushed.")
             return 0
+        if options.repo_id:
+            push_to_hub(plan, options, builder)
+            return 0
         push_to_directory(plan, options.output_dir, builder_card(builder))
     except (ValueError, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except ImportError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

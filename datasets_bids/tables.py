@@ -3,6 +3,7 @@
 BIDS, "Data files for participants": one line a participant, `participant_id` first, `n/a` where a value is missing.
 """
 
+import csv
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -270,16 +271,7 @@ def read_table(path: str, sheet: str | None = None) -> pd.DataFrame:
     extension = path[path.rfind(".") :].lower()
     try:
         if extension in (".tsv", ".csv"):
-            # Blank lines count as rows until they are dropped below, so that a warning names the right one.
-            table = pd.read_csv(
-                path,
-                sep="\t" if extension == ".tsv" else ",",
-                dtype=object,
-                keep_default_na=False,
-                skip_blank_lines=False,
-                encoding="utf-8-sig",
-                index_col=False,
-            )
+            table = _read_delimited(path, "\t" if extension == ".tsv" else ",")
         elif extension == ".xlsx":
             table = pd.read_excel(
                 path, sheet_name=0 if sheet is None else sheet, dtype=object, keep_default_na=False, engine="openpyxl"
@@ -300,6 +292,19 @@ def read_table(path: str, sheet: str | None = None) -> pd.DataFrame:
     for i in range(table.shape[1]):
         table.isetitem(i, pd.Series([_value(cell) for cell in table.iloc[:, i]], index=table.index, dtype=object))
     return table.dropna(how="all")
+
+
+def _read_delimited(path: str, delimiter: str) -> pd.DataFrame:
+    # pandas.read_csv would shift or cut lines that are longer than the header.
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        header, *lines = list(csv.reader(file, delimiter=delimiter)) or [[]]
+    if not header:
+        raise ValueError("the file has no header")
+    for row, line in enumerate(lines, start=2):
+        if len(line) > len(header):
+            raise ValueError(f"row {row} has {len(line)} cells, the header has {len(header)}")
+        line.extend([""] * (len(header) - len(line)))
+    return pd.DataFrame(lines, columns=header, dtype=object)
 
 
 def _value(cell: Any) -> Any:
