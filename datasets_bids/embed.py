@@ -82,9 +82,8 @@ def write_shard(dataset: Dataset, shard: Shard, path: str, *, progress: Progress
             f"The files of rows {shard.start}-{shard.stop - 1} have {int(row_nbytes.sum()):,} bytes, but had {shard.nbytes:,} when "
             f"shard {shard.index} of {shard.num_shards} was planned: they were changed in between. Start again from the planning."
         )
-    features = dataset.features
-    with _parquet_writer(path, features, row_nbytes) as writer:
-        for table in _row_groups(dataset, shard.start, row_nbytes, progress):
+    with parquet_writer(path, dataset.features, row_nbytes) as writer:
+        for table in row_groups(dataset, shard.start, row_nbytes, progress):
             writer.write_table(table, row_group_size=max(len(table), 1))
 
 
@@ -135,6 +134,8 @@ def embed_array(
             return _embed_leaf(leaf, *next(found), arena, progress, **options)
         if pa.types.is_null(array.type) or not embeds(feature):
             return array
+        if hasattr(feature, "embed_storage"):
+            return feature.embed_storage(array, **options)
         if isinstance(feature, dict):
             children = [
                 build(child, feature[field.name], f"{column}.{field.name}", rows) if field.name in feature else child
@@ -355,38 +356,54 @@ def _as_lists(array: pa.Array, lengths: np.ndarray, values: pa.Array) -> pa.Arra
 # Parquet
 
 
-def _row_groups(dataset: Dataset, start: int, row_nbytes: np.ndarray, progress: Progress | None) -> Iterator[pa.Table]:
-    """The rows from `start` on, embedded, one table for each row group. A table is good until the next one is asked for."""
+def row_groups(
+    dataset: Dataset,
+    start: int,
+    row_nbytes: np.ndarray,
+    progress: Progress | None = None,
+    max_rows: int | None = None,
+    **options: Any,
+) -> Iterator[pa.Table]:
+    """The rows from `start` on, embedded, one table for each row group. A table is good until the next one is asked for.
+
+    Args:
+        row_nbytes: Their sizes, which also say how many rows.
+        max_rows: No more rows in a group.
+        options: `token_per_repo_id`, `local_files`, `remote_files` as in `embed_array`.
+    """
     arena = Arena(can_map=True)
-    schema = dataset.features.arrow_schema
     try:
-        for first, last in group_rows(row_nbytes, ROW_GROUP_NBYTES):
+        for first, last in group_rows(row_nbytes, ROW_GROUP_NBYTES, max_rows):
             table = query_table(dataset.data, slice(start + first, start + last), indices=dataset._indices)
             arena.reset(int(row_nbytes[first:last].sum()))
-            columns = []
-            for name, feature in dataset.features.items():
-                column = table.column(name)
-                if embeds(feature):
-                    chunks, row = [], start + first
-                    for chunk in column.chunks:
-                        rows = np.arange(row, row + len(chunk))
-                        chunks.append(
-                            embed_array(chunk, feature, column=name, rows=rows, arena=arena, progress=progress)
-                        )
-                        row += len(chunk)
-                    column = pa.chunked_array(chunks, type=schema.field(name).type)
-                columns.append(column)
-            yield pa.Table.from_arrays(columns, schema=schema)
+            yield embed_table(table, dataset.features, start + first, arena=arena, progress=progress, **options)
         arena.reset(0)
     finally:
         arena.close()
 
 
-def group_rows(row_nbytes: Iterable[int], bound: int) -> Iterator[tuple[int, int]]:
-    """Cut rows into runs `(start, stop)` of at most `bound` bytes; a row over it is a run of its own."""
+def embed_table(table: pa.Table, features: Features, first_row: int = 0, **options: Any) -> pa.Table:
+    """`table` with the bytes of all files that it names; its first row is row `first_row`. Options as in `embed_array`."""
+    schema = features.arrow_schema
+    columns = []
+    for name, feature in features.items():
+        column = table.column(name)
+        if embeds(feature):
+            chunks, row = [], first_row
+            for chunk in column.chunks:
+                rows = np.arange(row, row + len(chunk))
+                chunks.append(embed_array(chunk, feature, column=name, rows=rows, **options))
+                row += len(chunk)
+            column = pa.chunked_array(chunks, type=schema.field(name).type)
+        columns.append(column)
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def group_rows(row_nbytes: Iterable[int], bound: int, max_rows: int | None = None) -> Iterator[tuple[int, int]]:
+    """Cut rows into runs `(start, stop)` of at most `bound` bytes (and `max_rows` rows); a row over it is a run of its own."""
     start, nbytes, i = 0, 0, -1
     for i, n in enumerate(row_nbytes):
-        if i > start and nbytes + n > bound:
+        if i > start and (nbytes + n > bound or i - start == max_rows):
             yield start, i
             start, nbytes = i, 0
         nbytes += int(n)
@@ -394,7 +411,7 @@ def group_rows(row_nbytes: Iterable[int], bound: int) -> Iterator[tuple[int, int
         yield start, i + 1
 
 
-def _parquet_writer(where: Any, features: Features, row_nbytes: np.ndarray, **options: Any) -> pq.ParquetWriter:
+def parquet_writer(where: Any, features: Features, row_nbytes: np.ndarray, **options: Any) -> pq.ParquetWriter:
     """A writer of the schema of `datasets` (with its metadata); `options` override what this module thinks best."""
     schema = features.arrow_schema
     chunking = options.pop("use_content_defined_chunking", None)

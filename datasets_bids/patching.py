@@ -7,9 +7,12 @@ How it works:
 - `apply` replaces what the installed release lacks and nothing else. A function is replaced in every `datasets` module that
   imported it by name.
 - On a release newer than the newest tested one, a name is touched only if its signature is still one the replacement understands.
+- Datasets and features that are pickled while patches are in force apply them where they are unpickled: worker processes that are
+  spawned (`DataLoader`, `map(num_proc=...)`) need no import of this package.
 - `undo` puts every original back.
 """
 
+import copyreg
 import importlib
 import inspect
 import sys
@@ -24,7 +27,7 @@ from packaging.version import Version
 
 NEWEST_TESTED = Version("5.2.0")
 
-_MODULES = ("nifti", "embed", "shards")
+_MODULES = ("nifti", "stock")
 """Modules of this package that may define `PATCHES`."""
 
 
@@ -34,7 +37,8 @@ class Patch:
 
     Attributes:
         target: `"module:name"` or `"module:Class.name"`, e.g. `"datasets.table:embed_table_storage"`.
-        replace: Takes the original (the raw attribute; `None` if the release has none) and returns what stands in its place.
+        replace: Takes the original (the raw attribute; `None` if the release has none) and returns what stands in its place,
+            or `None` if the original is not one it understands.
         needed: The behaviour probe: True if the installed release has the defect. Called once, before anything is replaced;
             it must be cheap (milliseconds, no files). A probe that raises counts as True on tested releases.
         defect: The defect in one line.
@@ -105,7 +109,7 @@ def apply(selected: Iterable[Patch] | None = None) -> None:
         if original is not None and not _is_needed(patch, unknown):
             continue
         replacement = patch.replace(original)
-        if unknown and original is not None and not _understands(replacement, original):
+        if replacement is None or (unknown and original is not None and not _understands(replacement, original)):
             skipped.append(patch.target)
             continue
         found.append(Applied(patch, owner, name, original, replacement))
@@ -113,6 +117,9 @@ def apply(selected: Iterable[Patch] | None = None) -> None:
         setattr(a.owner, a.name, a.replacement)
     _swap_copies({id(a.original): a.replacement for a in found if inspect.ismodule(a.owner)})
     _applied.extend(found)
+    if _applied:
+        for cls in _CARRIERS:
+            copyreg.pickle(cls, _reduce)
     if unknown and (found or skipped) and not _warned:
         _warned = True
         left = f"; left alone because they changed: {', '.join(skipped)}" if skipped else ""
@@ -134,6 +141,23 @@ def undo() -> None:
         {id(a.replacement): a.original for a in _applied if inspect.ismodule(a.owner) and a.original is not None}
     )
     _applied.clear()
+    for cls in _CARRIERS:
+        if copyreg.dispatch_table.get(cls) is _reduce:
+            del copyreg.dispatch_table[cls]
+
+
+_CARRIERS = (datasets.Dataset, datasets.IterableDataset, datasets.Features)
+"""What reaches a worker process if anything of `datasets` does."""
+
+
+def _reduce(obj: Any) -> tuple:
+    rebuild, args, *rest = obj.__reduce_ex__(4)
+    return _rebuild, (rebuild, args), *rest
+
+
+def _rebuild(rebuild: Callable, args: tuple) -> Any:
+    apply()
+    return rebuild(*args)
 
 
 def _locate(target: str) -> tuple[Any, str, Any] | None:

@@ -76,12 +76,20 @@ class Leaf:
     rows: np.ndarray
 
 
-def embedded_nbytes(dataset: Dataset, start: int = 0, stop: int | None = None) -> np.ndarray:
+def embedded_nbytes(
+    dataset: Dataset,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    local_files: bool = True,
+    remote_files: bool = True,
+) -> np.ndarray:
     """The size of each row once its files are embedded.
 
     Args:
         dataset: Any map-style dataset; its format does not matter.
         start, stop: Only rows `[start, stop)`.
+        local_files, remote_files: Whether these are to be embedded.
 
     Returns:
         int64, one per row: bytes of the embedded files and, roughly, of the other columns.
@@ -91,14 +99,14 @@ def embedded_nbytes(dataset: Dataset, start: int = 0, stop: int | None = None) -
     """
     stop = len(dataset) if stop is None else stop
     refusals: list[Refusal] = []
-    nbytes = _row_nbytes(dataset, start, stop, refusals)
+    nbytes = _row_nbytes(dataset, start, stop, refusals, local_files, remote_files)
     raise_refusals(refusals)
     return nbytes
 
 
 def estimate_nbytes(dataset: Dataset) -> int:
     """The size of the dataset once its files are embedded. Files that cannot be stored count as nothing; no error is raised."""
-    return int(_row_nbytes(dataset, 0, len(dataset), None).sum())
+    return int(_row_nbytes(dataset, 0, len(dataset), None, True, True).sum())
 
 
 def plan_shards(
@@ -160,7 +168,7 @@ def leaves(array: pa.Array, feature: FeatureType, column: str, rows: np.ndarray)
         array = array.storage
     if holds_file(feature):
         yield Leaf(column, feature, canonical(array, feature), rows)
-    elif pa.types.is_null(array.type):
+    elif pa.types.is_null(array.type) or not embeds(feature):
         return
     elif isinstance(feature, dict):
         for name, child in zip([field.name for field in array.type], array.flatten()):
@@ -186,10 +194,14 @@ def canonical(array: pa.Array, feature: FeatureType) -> pa.StructArray:
 
 
 def holds_file(feature: FeatureType) -> bool:
-    """True if a value of `feature` is one file (its bytes, its path, or both)."""
+    """True if a value of `feature` is one file (its bytes, its path, or both), as in all features of `datasets` that embed."""
     # Not by `embed_storage`: in 4.4.1 neither Nifti nor Video has one.
     pa_type = getattr(feature, "pa_type", None)
-    return isinstance(pa_type, pa.StructType) and {field.name for field in pa_type} == {"bytes", "path"}
+    return (
+        isinstance(pa_type, pa.StructType)
+        and {field.name for field in pa_type} == {"bytes", "path"}
+        and type(feature).__module__.startswith("datasets.")
+    )
 
 
 def embeds(feature: FeatureType) -> bool:
@@ -197,7 +209,7 @@ def embeds(feature: FeatureType) -> bool:
     if isinstance(feature, dict):
         return any(embeds(f) for f in feature.values())
     inner = list_feature(feature)
-    return embeds(inner) if inner is not None else holds_file(feature)
+    return embeds(inner) if inner is not None else holds_file(feature) or hasattr(feature, "embed_storage")
 
 
 # What a value weighs, and whether it can be stored
@@ -351,7 +363,9 @@ def _local_size(path: str, is_nifti: bool, check: bool) -> int:
     return status.st_size
 
 
-def _row_nbytes(dataset: Dataset, start: int, stop: int, refusals: list[Refusal] | None) -> np.ndarray:
+def _row_nbytes(
+    dataset: Dataset, start: int, stop: int, refusals: list[Refusal] | None, local_files: bool, remote_files: bool
+) -> np.ndarray:
     table = dataset.data
     others = [name for name, feature in dataset.features.items() if not embeds(feature)]
     # The mean of all rows, so that a row weighs the same in whatever slice it is looked up.
@@ -363,7 +377,7 @@ def _row_nbytes(dataset: Dataset, start: int, stop: int, refusals: list[Refusal]
         last = min(first + BATCH_ROWS, stop)
         batch = query_table(table, slice(first, last), indices=dataset._indices)
         for leaf in table_leaves(batch, dataset.features, first):
-            sizes, _ = value_nbytes(leaf, refusals)
+            sizes, _ = value_nbytes(leaf, refusals, None, local_files, remote_files)
             np.add.at(nbytes, leaf.rows - start, sizes)
     return nbytes
 
