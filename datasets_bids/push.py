@@ -11,6 +11,7 @@ import yaml
 from .card import builder_card
 from .hub import PushPlan, plan_push, push_to_directory, size
 from .upload import HubPush, Workers, dask_executor, make_target
+from .validation import refuse_exposure
 
 
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:
@@ -30,6 +31,16 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dask", metavar="ADDRESS", help="let an existing Dask cluster do it, such as tcp://scheduler:8786"
     )
+    parser.add_argument(
+        "--affirm-defaced",
+        action="store_true",
+        help="for a public push of anatomical images: they are defaced, or shared with the participants' explicit consent",
+    )
+    parser.add_argument(
+        "--allow-identity-fields",
+        action="store_true",
+        help="push to a public repository although names, dates, serial numbers or ages above 89 were found",
+    )
     parser.add_argument("--verify-only", action="store_true", help="compare what is on the Hub with the tree, no more")
     parser.add_argument("--abort", action="store_true", help="remove what an unfinished push left, no more")
     parser.add_argument("--dry-run", action=argparse.BooleanOptionalAction, help="build and plan, but write nothing")
@@ -44,23 +55,30 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     if options.num_proc < 1:
         parser.error("--num-proc is at least 1")
     if not options.repo_id:
-        for name in ("private", "revision", "create_pr", "dask", "verify_only", "abort"):
+        needs_hub = ("private", "revision", "create_pr", "dask", "verify_only", "abort")
+        for name in (*needs_hub, "affirm_defaced", "allow_identity_fields"):
             if getattr(options, name):
                 parser.error(f"--{name.replace('_', '-')} goes with --repo-id")
     return options
 
 
-def build(options: argparse.Namespace) -> datasets.DatasetBuilder:
-    """The builder with its rows of paths prepared."""
+def read_schema(path: str | None) -> dict:
+    """The fields of `BidsConfig` in a YAML file."""
     config = {}
-    if options.schema:
-        with open(options.schema, encoding="utf-8") as file:
+    if path:
+        with open(path, encoding="utf-8") as file:
             try:
                 config = yaml.safe_load(file)
             except yaml.YAMLError as e:
-                raise ValueError(f"{options.schema}: is no YAML ({e})") from e
+                raise ValueError(f"{path}: is no YAML ({e})") from e
         if not isinstance(config, dict):
-            raise ValueError(f"{options.schema}: expected the keys schema, row, metadata_from and splits")
+            raise ValueError(f"{path}: expected the keys schema, row, metadata_from and splits")
+    return config
+
+
+def build(options: argparse.Namespace) -> datasets.DatasetBuilder:
+    """The builder with its rows of paths prepared."""
+    config = read_schema(options.schema)
     builder = datasets.load_dataset_builder(options.builder, options.config, data_dir=options.data_dir, **config)
     builder.download_and_prepare()
     return builder
@@ -109,6 +127,10 @@ def push_to_hub(plan: PushPlan, options: argparse.Namespace, builder: datasets.D
         push.verify_only()
         print(f"{repo_id} is what the tree gives: {len(push.sources)} shards, first and last example read back.")
     else:
+        if push.will_be_public():
+            refuse_exposure(
+                plan.splits, defaced=options.affirm_defaced, allow_identity_fields=options.allow_identity_fields
+            )
         with dask_executor(options.dask) if options.dask else contextlib.nullcontext() as executor:
             commit = push.run(Workers(options.num_proc, executor))
         print(f"Done and verified: {commit.pr_url or commit.commit_url}")

@@ -191,12 +191,13 @@ def test_arc(tmp_path, caplog):
     assert first["bold_rest"] == [session.format("func") + "task-rest_bold.nii.gz"]
     assert len(first["dwi"]) == 2
     for dwi, bval, bvec in zip(first["dwi"], first["dwi_bvals"], first["dwi_bvecs"], strict=True):
-        assert bval == f"0 1000 1000\n# {dwi}"
-        assert bvec.startswith("0 1 0\n") and bvec.endswith(dwi)
+        assert bval == (root / dwi.replace(".nii.gz", ".bval")).read_text()
+        assert bvec == (root / dwi.replace(".nii.gz", ".bvec")).read_text()
+    assert first["dwi_bvals"] == ["0 1000 1000\n", "0 1001 1001\n"]
     assert first["sbref"] == [session.format("dwi") + "acq-epb0p2_dir-AP_run-1_sbref.nii.gz"]
     assert first["lesion"].startswith("derivatives/lesion_masks/sub-M2001/ses-3622/")
     assert len(second["t1w"]) == 2 and second["lesion"] is None, "two runs drop no session"
-    assert third["t2w_acquisition"] == ["SPACE"] and third["dwi_bvals"] == [None]
+    assert third["t2w_acquisition"] == ["SPACE"] and third["dwi_bvals"] == ["0 1002 1002\n"]
     assert third["wab_aq"] is None and first["wab_aq"] == 87.1 and first["age_at_stroke"] == 38.0
     assert fourth["sex"] is None and fourth["t1w"] == []
     assert last["age_at_stroke"] == 61.0 and last["lesion"] is None and last["dwi"] == []
