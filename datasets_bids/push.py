@@ -87,7 +87,9 @@ def describe(plan: PushPlan, unused_images: list[str]) -> list[str]:
         f"Shards: {shards}",
     ]
     if any(nulls.values()):
-        lines.append("Null: " + ", ".join(f"{name} in {count} rows" for name, count in nulls.items() if count))
+        lines.append(
+            "Null: " + ", ".join(f"{name} {count}" for name, count in nulls.items() if count) + f" of {rows} rows"
+        )
     if unused_images:
         lines.append(f"Images in no column of this config: {len(unused_images)}, such as {unused_images[0]}")
     return lines
