@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import yaml
 
+from . import loading
 from .card import builder_card
 from .hub import PushPlan, plan_push, push_to_directory, size
 from .upload import HubPush, Workers, dask_executor, make_target
@@ -52,6 +53,10 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
 
 def build(options: argparse.Namespace) -> datasets.DatasetBuilder:
     """The builder with its rows of paths prepared."""
+    if options.builder != "bids" and loading.find_script(options.builder) is None:
+        raise ValueError(
+            f"{options.builder}: is no builder directory (NAME/ with a NAME.py that declares a BidsBuilder), nor the name bids"
+        )
     config = {}
     if options.schema:
         with open(options.schema, encoding="utf-8") as file:

@@ -214,6 +214,12 @@ def test_user_errors_are_one_line_and_a_status(tree, tmp_path, options, message)
     assert not (tmp_path / "out").exists()
 
 
+def test_a_builder_that_is_not_there_is_not_looked_for_on_the_hub(tree, tmp_path):
+    pushed = push_to(tmp_path / "out", "builders/nothing", tree[0])
+    assert pushed.returncode == 1
+    assert pushed.stderr.startswith("error: builders/nothing: is no builder directory")
+
+
 def test_where_to_is_asked_for(tree, tmp_path, capsys):
     with pytest.raises(SystemExit):
         push.main(["bids", "--data-dir", str(tree[0])])
