@@ -41,6 +41,7 @@ from .shards import (
     local_path,
     raise_refusals,
     refuse_content,
+    stored_file,
     value_nbytes,
 )
 
@@ -280,7 +281,7 @@ def _embed_leaf(
 
 def _basename(path: str) -> str:
     # Of `zip://sub-01.nii::/data.zip` the inner name says what the bytes are.
-    return os.path.basename(path.split("::")[0])
+    return os.path.basename(stored_file(path).split("::")[0])
 
 
 def _binary_views(array: pa.Array) -> Callable[[int], np.ndarray]:
@@ -304,7 +305,7 @@ def _read_into(
         f = (
             open(local, "rb", buffering=0)
             if local is not None
-            else xopen(path, "rb", download_config=download_config(path, token_per_repo_id))
+            else xopen(stored_file(path), "rb", download_config=download_config(path, token_per_repo_id))
         )
         with f:
             before = _state(os.fstat(f.fileno())) if local is not None else None

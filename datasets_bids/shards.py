@@ -260,7 +260,7 @@ def value_nbytes(
             sizes[i] = (
                 _local_size(local, isinstance(leaf.feature, Nifti) and refusals is not None, refusals is not None)
                 if local is not None
-                else xgetsize(path, download_config=download_config(path, token_per_repo_id))
+                else xgetsize(stored_file(path), download_config=download_config(path, token_per_repo_id))
             )
         except _Unstorable as e:
             refuse(i, path, str(e))
@@ -299,8 +299,15 @@ def raise_refusals(refusals: list[Refusal], missing_as: type[Exception] = ValueE
         raise (missing_as if all(r.missing for r in ordered) else ValueError)(count + text)
 
 
+def stored_file(path: str) -> str:
+    """The file that `path` takes its bytes from. Streaming names a compressed file `gzip://a.nii::/b/a.nii.gz`: it is stored as
+    it is, since the bytes of `a.nii` are not those on disk, and their number is not known before they are all inflated."""
+    return re.sub(r"^(gzip|bz2|xz|lz4|zstd)://[^:]*::", "", path)
+
+
 def local_path(path: str) -> str | None:
     """The path in the local file system that `path` names, or None if it has to be opened as a URL (`hf://`, `zip://a::b`, ...)."""
+    path = stored_file(path)
     if path.startswith("file://") and "::" not in path:
         return url2pathname(urlparse(path).path)
     return path if is_local_path(path) else None

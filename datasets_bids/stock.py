@@ -123,7 +123,7 @@ def _embed_array_storage(original: Callable) -> Callable:
         array, feature, token_per_repo_id=None, local_files: bool = True, remote_files: bool = True
     ):
         if not _only_files(feature):
-            return original(array, feature, **_known(original, locals()))
+            return original(array, feature, **_known(locals()))
         options = {"token_per_repo_id": token_per_repo_id, "local_files": local_files, "remote_files": remote_files}
         if not isinstance(array, pa.ChunkedArray):
             return _in_pieces(array, feature, **options)
@@ -142,7 +142,7 @@ def _embed_table_storage(original: Callable) -> Callable:
     def embed_table_storage(table, token_per_repo_id=None, local_files: bool = True, remote_files: bool = True):
         features = Features.from_arrow_schema(table.schema)
         if not _only_files(features) or not embeds(features):
-            return original(table, **_known(original, locals()))
+            return original(table, **_known(locals()))
         options = {"token_per_repo_id": token_per_repo_id, "local_files": local_files, "remote_files": remote_files}
         schema = features.arrow_schema
         columns = []
@@ -161,10 +161,12 @@ def _embed_table_storage(original: Callable) -> Callable:
     return embed_table_storage
 
 
-def _known(function: Callable, values: dict) -> dict:
-    """Those of the embedding options in `values` that `function` takes: 4.4.1 has only the token."""
-    names = ("token_per_repo_id", "local_files", "remote_files")
-    return {name: values[name] for name in names if name in inspect.signature(function).parameters}
+_OPTIONS = set(inspect.signature(datasets.table.embed_table_storage).parameters)
+
+
+def _known(values: dict) -> dict:
+    """Those of the embedding options in `values` that this release has: 4.4.1 has only the token."""
+    return {name: values[name] for name in ("token_per_repo_id", "local_files", "remote_files") if name in _OPTIONS}
 
 
 # Sizes, and Parquet from a dataset
@@ -692,7 +694,7 @@ PATCHES = (
             _NO_EMBED,
             adds=True,
         )
-        for name in ("Nifti", "Image", "Audio", "Video", "Pdf", "Mesh")
+        for name in ("Nifti", "Image", "Audio", "Video", "Pdf", "Mesh", "BioSequence", "BioStructure")
     ),
     Patch("datasets.table:embed_array_storage", _embed_array_storage, _copies_bytes, _COPIES),
     Patch("datasets.table:embed_table_storage", _embed_table_storage, _copies_bytes, _COPIES),
