@@ -2,10 +2,12 @@
 
 How it works:
 
-- A row group's size is known before it is read (`shards.value_nbytes`), so all its files are read into one buffer that is
-  allocated once and used again for the next row group; the Arrow values are views of it.
-- Files are read, not mapped, since a mapped file that shrinks kills the process (SIGBUS). Only a very large file is mapped (once its
-  size is found to be the planned one): reading it would hold it a third time beside the encoder's copy and the page.
+- A file that is the only value of its leaf in a row group, as the volumes of large rows are, is mapped: the Parquet encoder copies from
+  the page cache. Reading it first costs a third more time and holds it a third time, beside the encoder's copy and the page. The
+  pages are given back while they are copied. Its size is compared when it is mapped and its time stamp when it is written; a file
+  that is cut short in between (milliseconds) kills the process with SIGBUS, which leaves nothing but a temporary file.
+- All others have to be side by side in memory. Their sizes are known (`shards.value_nbytes`), so they are read into one buffer that
+  is allocated once and used again for the next row group; the Arrow values are views of it.
 - Volume leaves are written plain: no compression, no dictionary, no statistics (which alone would cost three quarters of the
   throughput). The other leaves are written as `datasets` writes them.
 - Row groups follow bytes: large rows have one each, small rows share one.
@@ -53,9 +55,8 @@ the first row. The Hub's viewer scans at most 300 MB for a page of 100 rows, whi
 READ_NBYTES = 8 * 1024**2
 """Files are read in pieces of this size (bytes), so that a progress bar moves inside a large file."""
 
-MAP_FROM = 128 * 1000**2
-"""Files from this size (bytes) on are mapped if they are the only value of their leaf. The Parquet encoder holds a value twice; with a
-third copy, 2.5 x the row + 250 MB is exceeded from 190 MB on."""
+MAP_FROM = 1000**2
+"""Files from this size (bytes) on are mapped if they are the only value of their leaf; below it, setting up costs more than it gives."""
 
 CDC_BELOW = 1024**2
 """Content-defined chunking is on if rows are smaller than this (bytes; the largest chunk pyarrow cuts). Above it every value is a page

@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset, Features, Nifti
 from packaging.version import Version
 
-from datasets_bids import patching
+from datasets_bids import patching, stock
 from datasets_bids.patching import Patch
 
 
@@ -146,10 +146,8 @@ def test_every_patch_names_its_defect():
 
 def test_after_patching_nothing_is_needed_anymore():
     """The probes pass on a mended `datasets`: there, importing this package changes nothing."""
-    needed = [
-        a.patch.target for a in patching._applied if a.original is not None and patching._is_needed(a.patch, True)
-    ]
-    assert needed == []
+    mended = [a.patch for a in patching._applied if a.patch in stock.PATCHES and a.original is not None]
+    assert mended and [patch.target for patch in mended if patching._is_needed(patch, True)] == []
 
 
 WORKER = """
