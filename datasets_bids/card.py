@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import datasets
+import yaml
 from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard
@@ -24,7 +25,7 @@ def builder_card(builder: datasets.DatasetBuilder) -> DatasetCard:
     if builder.base_path and readme.is_file():
         try:
             return DatasetCard.load(readme, ignore_metadata_errors=False)
-        except ValueError as e:
+        except (ValueError, yaml.YAMLError) as e:
             raise ValueError(f"{readme}: its YAML header cannot be read ({e})") from e
     columns = "\n".join(f"| `{name}` | `{feature}` |" for name, feature in (builder.info.features or {}).items())
     return DatasetCard(

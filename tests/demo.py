@@ -6,6 +6,7 @@ its own, and compares every file's SHA-256. Needs neither network nor account.
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from datasets import Features, Nifti, load_dataset
 dataset = load_dataset(sys.argv[1], split="train")
 assert "datasets_bids" not in sys.modules
 lesion = dataset[0]["lesion_mask"]
-print("lesion_mask of row 0:", lesion.shape, "voxels,", int(lesion.get_fdata().sum()), "of them lesion", file=sys.stderr)
+print("   lesion_mask of row 0:", lesion.shape, "voxels,", int(lesion.get_fdata().sum()), "of them lesion", file=sys.stderr)
 images = [name for name, feature in dataset.features.items() if isinstance(feature, Nifti)]
 raw = dataset.cast(Features({n: Nifti(decode=False) if n in images else f for n, f in dataset.features.items()}))
 for row in raw:
@@ -43,7 +44,7 @@ def make_tree(root: Path, subjects: int = SUBJECTS) -> list[Path]:
     for i, subject in enumerate(isles24_subjects(subjects)):
         for path in isles24_paths(subject, perfusion=i != 1, vessels=i != 2):
             modality = path.rpartition("_")[2].removesuffix(".nii.gz")
-            shape = (64, 64, 12, 24) if modality == "ctp" else (128, 128, 48) if "ses-01" in path else (96, 96, 36)
+            shape = (96, 96, 12, 32) if modality == "ctp" else (192, 192, 72) if "ses-01" in path else (160, 160, 56)
             Head(i).save(root / path, modality, shape)
             images.append(root / path)
         isles24_phenotype(root, subject, *isles24_values(i))
@@ -62,13 +63,14 @@ def main(directory: str = "demo-isles24") -> int:
     start = time.perf_counter()
     command = [sys.executable, "-m", "datasets_bids.push", str(BUILDER), "--data-dir", str(tree)]
     print(f"2. python {' '.join(command[1:3])} builders/isles24 --data-dir {tree} --output-dir {output}", flush=True)
-    subprocess.run([*command, "--output-dir", str(output), "--max-shard-size", "30MB"], check=True)
+    subprocess.run([*command, "--output-dir", str(output), "--max-shard-size", "10MB"], check=True)
     shards = sorted((output / "data").iterdir())
     print(f"3. Pushed in {time.perf_counter() - start:.1f} s: " + ", ".join(shard.name for shard in shards))
 
     print("4. Loading it with stock `datasets` in a process of its own", flush=True)
     command = [sys.executable, "-c", READER, str(output.absolute())]
-    reader = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=root)
+    quiet = os.environ | {"HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    reader = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, cwd=root, env=quiet)
     on_disk = {image.name: hashlib.sha256(image.read_bytes()).hexdigest() for image in images}
     loaded = [json.loads(line) for line in reader.stdout.splitlines()]
     wrong = [name for name, digest in loaded if on_disk[name] != digest]
