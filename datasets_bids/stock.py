@@ -44,6 +44,7 @@ from .embed import (
 )
 from .patching import Patch
 from .shards import (
+    REMOTE_SAMPLE,
     Shard,
     embedded_nbytes,
     embeds,
@@ -203,7 +204,7 @@ def _write_parquet(original: Callable) -> Callable:
             "write_page_index": self.write_page_index,
             **parquet_writer_kwargs,
         }
-        row_nbytes = embedded_nbytes(dataset, **files)
+        row_nbytes = embedded_nbytes(dataset, **files, remote_sample=REMOTE_SAMPLE)
         written = 0
         with (
             parquet_writer(file_obj, dataset.features, row_nbytes, **options) as writer,
@@ -247,7 +248,7 @@ class _PlannedDataset(Dataset):
 
 
 def _plan(dataset: Dataset, max_shard_size: Any, num_shards: int | None, num_proc: int | None, **files: bool) -> list:
-    sizes = embedded_nbytes(dataset, **files)
+    sizes = embedded_nbytes(dataset, **files, remote_sample=REMOTE_SAMPLE)
     plan = plan_shards(sizes, max_shard_size, num_shards)
     if num_shards is None and len(plan) < (num_proc or 1):
         plan = plan_shards(sizes, num_shards=num_proc)
