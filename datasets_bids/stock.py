@@ -511,15 +511,19 @@ def _weight(value: Any) -> int:
     if isinstance(value, dict):
         return sum(map(_weight, value.values()))
     if isinstance(value, list | tuple):
-        return sum(map(_weight, value))
+        first = next((x for x in value if x is not None), None)
+        # Numbers are not looked at one by one: tokenized text has hundreds in every row.
+        return 8 * len(value) if first is None or isinstance(first, int | float) else sum(map(_weight, value))
     if hasattr(value, "dataobj"):  # a nibabel image
         return int(np.prod(value.shape)) * value.get_data_dtype().itemsize
     return getattr(value, "nbytes", 8)
 
 
-def _bound(writer: ArrowWriter) -> int:
-    typed = writer.pa_writer is not None or (writer.schema and not writer.update_features)
-    return BATCH_NBYTES if typed else INFERENCE_NBYTES
+def _is_too_much(writer: ArrowWriter, nbytes: int) -> bool:
+    if nbytes <= BATCH_NBYTES:
+        return False
+    typed = writer.pa_writer is not None or (writer._features is not None and not writer.update_features)
+    return typed or nbytes > INFERENCE_NBYTES
 
 
 def _flushing(pool: str, flush: str) -> Callable:
@@ -530,7 +534,7 @@ def _flushing(pool: str, flush: str) -> Callable:
         def write(self, item, *args, **kwargs):
             nbytes = _weight(item)
             pending = getattr(self, "_pending_nbytes", 0) if getattr(self, pool) else 0
-            if pending + nbytes > _bound(self) and getattr(self, pool):
+            if pending and _is_too_much(self, pending + nbytes):
                 getattr(self, flush)()
                 pending = 0
             self._pending_nbytes = pending + nbytes
@@ -552,9 +556,9 @@ def _write_batch(original: Callable) -> Callable:
                 weights += np.fromiter(map(_weight, column[:num_rows]), dtype=np.int64, count=num_rows)
             elif num_rows:
                 weights += _weight(column) // num_rows
-        if weights.sum() <= _bound(self) or any(len(column) != num_rows for column in columns.values()):
+        if not _is_too_much(self, weights.sum()) or any(len(column) != num_rows for column in columns.values()):
             return original(self, batch_examples, *args, **kwargs)
-        for start, stop in group_rows(weights, _bound(self)):
+        for start, stop in group_rows(weights, BATCH_NBYTES if self.pa_writer is not None else INFERENCE_NBYTES):
             part = {name: getattr(column, "iloc", column)[start:stop] for name, column in columns.items()}
             original(self, part, *args, **kwargs)
 
@@ -564,9 +568,9 @@ def _write_batch(original: Callable) -> Callable:
 def _write_table(original: Callable) -> Callable:
     @functools.wraps(original)
     def _write_table(self, pa_table, *args, **kwargs):
-        features = self._features if self._features is not None else Features.from_arrow_schema(pa_table.schema)
         sizes = np.full(len(pa_table), pa_table.nbytes // max(len(pa_table), 1), dtype=np.int64)
-        if getattr(self, "embed_local_files", False) and set(features) == set(pa_table.column_names):
+        features = self._features if getattr(self, "embed_local_files", False) else None
+        if features is not None and set(features) == set(pa_table.column_names):
             for leaf in table_leaves(pa_table, features, 0):
                 leaf_sizes, from_file = value_nbytes(leaf, None, remote_files=False)
                 np.add.at(sizes, leaf.rows, np.where(from_file, leaf_sizes, 0))
