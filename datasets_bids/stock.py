@@ -335,7 +335,10 @@ class _EmbeddingIterable(IterableDataset):
                     with tempfile.NamedTemporaryFile(suffix=".parquet", delete=False) as file:
                         paths.append(file.name)
                     stack.callback(Path(file.name).unlink, missing_ok=True)
-                writers = [stack.enter_context(_RowWriter(path, self.features, self._embed_files)) for path in paths]
+                writers = [
+                    stack.enter_context(_RowWriter(path, self.features, self._embed_files, self._token_per_repo_id))
+                    for path in paths
+                ]
                 for k, row in enumerate(_rows(source)):
                     writers[k % len(writers)].write(row)
                 for writer in writers:
