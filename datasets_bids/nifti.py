@@ -101,9 +101,6 @@ class StoredFile(io.RawIOBase):
                 head += piece
         return head
 
-    def stored_nbytes(self) -> int:
-        return len(self.source) if isinstance(self.source, bytes) else os.path.getsize(self.source)
-
     def readable(self) -> bool:
         return True
 
@@ -286,7 +283,7 @@ def _load_stored(file: StoredFile) -> "nib.Nifti1Image":
     """The image in `file`: a plain `Nifti1Image`, `Nifti2Image` or `Cifti2Image`.
 
     Raises:
-        ValueError: if the bytes are no NIfTI image or are cut off. The message names the file.
+        ValueError: if the bytes are no NIfTI image. The message names the file.
     """
     import nibabel as nib
 
@@ -302,9 +299,7 @@ def _load_stored(file: StoredFile) -> "nib.Nifti1Image":
         raise
     except Exception as e:
         raise ValueError(f"{file.name}: the NIfTI header cannot be read ({e}). Convert the file again.") from e
-    file.expected_nbytes = _needed_nbytes(image)
-    if file.compression is None:
-        _check_size(image, file.stored_nbytes(), file.name)
+    file.expected_nbytes = _expected_nbytes(image)
     return image
 
 
@@ -331,19 +326,15 @@ def _load_path(path: str) -> "nib.spatialimages.SpatialImage":
     except Exception as e:
         raise ValueError(f"{path}: the header cannot be read ({e}). Convert the file again.") from e
     if isinstance(image, nib.Nifti1Image) and not path.lower().endswith((".gz", ".bz2", ".zst")):
-        _check_size(image, os.path.getsize(path), path)
+        if os.path.getsize(path) < _expected_nbytes(image):
+            # Cut off, or a header alone, as in bids-examples: readable until voxels are asked for, which then names the file
+            return _load_stored(StoredFile(path))
     return image
 
 
-def _needed_nbytes(image: "nib.dataobj_images.DataobjImage") -> int:
+def _expected_nbytes(image: "nib.dataobj_images.DataobjImage") -> int:
     proxy = image.dataobj
     return int(proxy.offset) + int(np.prod(proxy.shape, dtype=object)) * proxy.dtype.itemsize
-
-
-def _check_size(image: "nib.dataobj_images.DataobjImage", nbytes: int, name: str) -> None:
-    needed = _needed_nbytes(image)
-    if nbytes < needed:
-        raise ValueError(f"{name} is cut off: {nbytes} of {needed} bytes. Fetch or convert the file again.")
 
 
 def is_image(value: Any) -> bool:
@@ -524,7 +515,7 @@ def decode_example(
 
     Raises:
         ValueError: if there are neither bytes nor a path, or they hold no NIfTI image. The message names the path.
-        OSError: on reading voxels, if the compressed data are damaged.
+        OSError: on reading voxels, if the data are damaged or cut off. The message names the path.
     """
     if not config.NIBABEL_AVAILABLE:
         raise ImportError("To support decoding NIfTI files, please install 'nibabel'.")
