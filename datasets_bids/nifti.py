@@ -23,6 +23,7 @@ import os
 import sys
 import threading
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
 
@@ -339,7 +340,8 @@ def _expected_nbytes(image: "nib.dataobj_images.DataobjImage") -> int:
 
 def is_image(value: Any) -> bool:
     """True for a nibabel image with voxels (or CIFTI-2 grayordinates). Imports nothing: without nibabel there are no images."""
-    return "nibabel" in sys.modules and isinstance(value, sys.modules["nibabel"].dataobj_images.DataobjImage)
+    nibabel = sys.modules.get("nibabel")
+    return nibabel is not None and isinstance(value, nibabel.dataobj_images.DataobjImage)
 
 
 def encode_example(
@@ -633,15 +635,31 @@ def _has_nifti(feature: Any) -> bool:
     return found
 
 
-def _encode_images(value: Any) -> Any:
-    """`value` with every image in its lists and dictionaries encoded as the `Nifti` feature does: unmodified ones as their path."""
+def _encode_images(value: Any, force_bytes: bool = False) -> Any:
+    """`value` with every image in its lists and dictionaries encoded. Unmodified ones become their path, if they have one."""
     if is_image(value):
-        return encode_nibabel_image(value)
-    if isinstance(value, dict):
-        return {k: _encode_images(v) for k, v in value.items()}
+        return encode_nibabel_image(value, force_bytes=force_bytes)
+    if isinstance(value, Mapping):
+        return {k: _encode_images(v, force_bytes) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_encode_images(v) for v in value]
+        return [_encode_images(v, force_bytes) for v in value]
     return value
+
+
+def _holds_images(value: Any) -> bool:
+    """True if there is an image in `value`. Of a list of anything but containers one value is looked at: this runs for every
+    example of every dataset."""
+    if isinstance(value, dict):
+        return any(map(_holds_images, value.values()))
+    if isinstance(value, (list, tuple)):
+        for v in value:
+            if isinstance(v, (dict, list, tuple)):
+                if _holds_images(v):
+                    return True
+            elif v is not None:
+                return is_image(v)
+        return False
+    return is_image(value)
 
 
 def _first_image_depth(data: Any) -> Optional[int]:
@@ -711,13 +729,9 @@ def _features_encode_column(original):
 
 
 def _encode_columns(features: Features, columns: Any) -> Any:
-    def holds_images(k, v):
-        # cheapest first: this runs for every cell of every example that is written
-        return (isinstance(v, (dict, list, tuple)) or is_image(v)) and k in features and _has_nifti(features[k])
-
-    if not isinstance(columns, dict):
+    if not isinstance(columns, dict) or not _holds_images(columns):
         return columns
-    return {k: _encode_images(v) if holds_images(k, v) else v for k, v in columns.items()}
+    return {k: _encode_images(v) if _has_nifti(features.get(k)) else v for k, v in columns.items()}
 
 
 def _infer_features_from_batch(original):
@@ -731,19 +745,11 @@ def _infer_features_from_batch(original):
     return infer
 
 
-def _holds_images(row: Any) -> bool:
-    return isinstance(row, dict) and any(map(is_image, row.values()))
-
-
 def _cast_to_python_objects(original):
     @functools.wraps(original)
-    def cast(obj, only_1d_for_numpy, optimize_list_casting):
-        if is_image(obj):
-            return encode_nibabel_image(obj, force_bytes=True), True
-        if optimize_list_casting and isinstance(obj, (list, tuple)) and any(_holds_images(row) for row in obj):
-            # the original looks at the first row alone, and that may have no image
-            obj = [cast(row, only_1d_for_numpy, optimize_list_casting)[0] if _holds_images(row) else row for row in obj]
-        return original(obj, only_1d_for_numpy=only_1d_for_numpy, optimize_list_casting=optimize_list_casting)
+    def cast(obj, *args, **kwargs):
+        # Here nothing is known about the type, and a path without a type would not be embedded
+        return original(_encode_images(obj, force_bytes=True) if _holds_images(obj) else obj, *args, **kwargs)
 
     return cast
 
@@ -961,7 +967,7 @@ PATCHES = (
     Patch("datasets.features:Features.encode_column", _features_encode_column, _does_not_infer, _UNTYPED),
     Patch("datasets.features:Features.encode_batch", _features_encode_batch, _does_not_infer, _UNTYPED),
     Patch(
-        "datasets.features.features:_cast_to_python_objects",
+        "datasets.features.features:cast_to_python_objects",
         _cast_to_python_objects,
         _does_not_cast_images,
         "images other than NIfTI (CIFTI-2, MGH; in 4.4 all) cannot be written to Arrow",
