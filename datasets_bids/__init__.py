@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from . import loading
+from . import loading, patching
 from .bids import BidsBuilder, BidsConfig
 from .dataset import BidsDataset, build_hf_dataset
 from .index import find_all_niftis, find_nifti
@@ -11,3 +11,4 @@ from .index import find_all_niftis, find_nifti
 __all__ = ["BidsBuilder", "BidsConfig", "BidsDataset", "build_hf_dataset", "find_all_niftis", "find_nifti"]
 
 loading.install()
+patching.apply()

@@ -1088,7 +1088,9 @@ class Client:
         output = self.folder / f"script-{os.getpid()}-{next(_serial)}"
         self.process.stdin.write(json.dumps({"script": script, "output": str(output), "env": env or {}}) + "\n")
         self.process.stdin.flush()
-        return Script(int(self.process.stdout.readline()), output, self)
+        # Statuses of scripts that nobody waited for come first.
+        _, number = next(line.split() for line in self.process.stdout if line.startswith("pid"))
+        return Script(int(number), output, self)
 
     def run(self, script: str, env: dict[str, str] | None = None, check: bool = True):
         """Runs `script`; returns what it assigned to the variable `result` (anything JSON has)."""
@@ -1105,7 +1107,7 @@ class Script:
     def wait(self) -> int:
         """Exit status, negative for a signal."""
         if self.status is None:
-            self.status = int(self.client.process.stdout.readline())
+            self.status = int(self.client.process.stdout.readline().removeprefix("status "))
         return self.status
 
     @property
@@ -1157,8 +1159,8 @@ def fork_scripts() -> None:
                 os._exit(status)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.setpgid(pid, pid)
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        print("pid", pid, flush=True)
+        print("status", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,666 @@
+"""Pushes to the test server, through the real clients; what stands there afterwards is read by stock `datasets`.
+
+The numbers that the project promises (50 killed pushes, 200 schedules of faults, memory, throughput) are behind `-m deep`.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from .hub_server import Client, Fault, HubServer
+
+
+ROWS = 12
+SHARDS = [f"data/train-{i:05d}-of-00008.parquet" for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    with HubServer(tmp_path_factory.mktemp("hub") / "server") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(hub, tmp_path_factory):
+    with Client(hub.env(), tmp_path_factory.mktemp("client"), imports="hub_scripts, huggingface_hub") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def stock(hub, tmp_path_factory):
+    """A reader that never imported `datasets_bids`."""
+    folder = tmp_path_factory.mktemp("stock")
+    code = "datasets, huggingface_hub, hashlib"
+    with Client(hub.env(home=folder / "home"), folder, imports=code) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def calm(hub):
+    yield
+    hub.set_faults()
+    hub.settings(quota=None)
+    hub.clear_log()
+
+
+def make_tree(folder: Path, rows: int = ROWS, seed: int = 0) -> Path:
+    """sub-NN/t1w.nii and up to two bold-N.nii, every file another; sub-03 has no t1w, sub-04 no bold."""
+    rng = np.random.default_rng(seed)
+    for row in range(rows):
+        (folder / f"sub-{row:02d}").mkdir(parents=True)
+        names = ["t1w"] * (row != 3) + [f"bold-{i}" for i in range((row + 2) % 3)] * (row != 4)
+        for name in names:
+            voxels = rng.integers(0, 9999, (16, 16, 8 + row)).astype("int16")
+            nib.save(nib.Nifti1Image(voxels, np.eye(4)), folder / f"sub-{row:02d}" / f"{name}.nii")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return make_tree(tmp_path_factory.mktemp("tree") / "tree")
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def truth(tree: Path) -> dict[str, list[str | None]]:
+    return {
+        folder.name: [
+            sha256(folder / "t1w.nii") if (folder / "t1w.nii").exists() else None,
+            *(sha256(path) for path in sorted(folder.glob("bold-*.nii"))),
+        ]
+        for folder in sorted(tree.iterdir())
+    }
+
+
+READ = """
+ds = datasets.load_dataset({!r}, {!r}, split="train", streaming=True, revision={!r})
+ds = ds.cast_column("t1w", datasets.Nifti(decode=False)).cast_column("bold", datasets.List(datasets.Nifti(decode=False)))
+result = {{
+    row["subject_id"]: [file and hashlib.sha256(file["bytes"]).hexdigest() for file in [row["t1w"], *row["bold"]]]
+    for row in ds
+}}
+import sys
+assert "datasets_bids" not in sys.modules
+"""
+
+
+def read(stock: Client, repo_id: str, config: str | None = None, revision: str | None = None):
+    return stock.run("import datasets, hashlib\n" + READ.format(repo_id, config, revision))
+
+
+def script(tree: Path, repo_id: str, **options) -> str:
+    return f"import hub_scripts\nresult = hub_scripts.push({str(tree)!r}, {repo_id!r}, **{options!r})"
+
+
+def command(client: Client, repo_id: str, tree: Path, *options: str, check: bool = False):
+    """`python -m datasets_bids.push` on a tree of sub-NN directories: (exit status, what it printed)."""
+    schema = client.folder / "schema.yaml"
+    schema.write_text(
+        "schema:\n  t1w: {path: '{subject}/t1w.nii', optional: true}\n"
+        "  bold: {path: '{subject}/bold-*.nii', many: true, optional: true}\n"
+    )
+    args = ["bids", "--data-dir", str(tree), "--schema", str(schema), "--repo-id", repo_id, *options]
+    code = "from datasets_bids import push, upload; upload.FIRST_WAIT = 0.05; upload.PATIENCE = 5.0\n"
+    run = client.start(code + f"import sys; sys.exit(push.main({args!r}))")
+    status = run.wait()
+    if check:
+        assert status == 0, run.text
+    return status, run.text
+
+
+def uploads(hub: HubServer) -> dict[str, int]:
+    """SHA-256 -> how often it was uploaded and answered with success."""
+    counts: dict[str, int] = {}
+    for entry in hub.log("lfs_upload"):
+        if entry.get("status") == 200 and entry.get("fault") != "lost":
+            counts[entry["oid"]] = counts.get(entry["oid"], 0) + 1
+    return counts
+
+
+def assert_atomic(hub: HubServer, repo_id: str, *states: dict[str, str]) -> None:
+    """Every commit that `main` ever pointed to holds one of the whole states."""
+    folder = hub.root / "datasets" / repo_id
+    oid = hub.refs(repo_id)["refs/heads/main"]
+    wholes = [{path: sha for path, sha in state.items() if path.startswith("data/")} for state in states]
+    while oid:
+        record = json.loads((folder / "commits" / oid).read_text())
+        tree = {path: entry.get("lfs", entry)["oid"] for path, entry in record["tree"].items()}
+        assert {path: sha for path, sha in tree.items() if path.startswith("data/")} in [{}, *wholes]
+        oid = record["parents"][0] if record["parents"] else None
+
+
+# -- one push ------------------------------------------------------------------------------------------------------------
+
+
+def test_stock_datasets_reads_every_byte(hub, client, stock, tree):
+    oid = client.run(script(tree, "alice/plain"))
+    assert read(stock, "alice/plain") == truth(tree)
+    assert sorted(hub.tree("alice/plain")) == [".gitattributes", "README.md", *SHARDS]
+    assert hub.refs("alice/plain") == {"refs/heads/main": oid}
+    commits = [entry["path"].rpartition("/")[2] for entry in hub.log("commit")]
+    assert commits.count("main") == 1 and len(commits) <= 5
+    assert set(uploads(hub).values()) == {1}
+
+
+def test_again_uploads_nothing_and_commits_nothing(hub, client, tree):
+    first = client.run(script(tree, "alice/again"))
+    hub.clear_log()
+    assert client.run(script(tree, "alice/again")) == first
+    assert not hub.log("lfs_upload") and not hub.log("commit")
+
+
+def test_fewer_shards_replace_more_in_one_commit(hub, client, stock, tree, tmp_path):
+    client.run(script(tree, "alice/fewer"))
+    before = hub.tree("alice/fewer")
+    other = make_tree(tmp_path / "other", rows=7, seed=1)
+    client.run(script(other, "alice/fewer", num_shards=3))
+    after = hub.tree("alice/fewer")
+    assert len([path for path in after if path.startswith("data/")]) == 3
+    assert read(stock, "alice/fewer") == truth(other)
+    assert_atomic(hub, "alice/fewer", before, after)
+
+
+def test_other_configs_and_splits_are_left_alone(hub, client, stock, tree, tmp_path):
+    other = make_tree(tmp_path / "other", rows=4, seed=2)
+    client.run(script(tree, "alice/many", num_shards=2))
+    client.run(script(other, "alice/many", num_shards=2, config_name="small"))
+    client.run(script(other, "alice/many", num_shards=1, split="test"))
+    client.run(script(tree, "alice/many", num_shards=3))
+    assert read(stock, "alice/many", "default") == truth(tree)
+    assert read(stock, "alice/many", "small") == truth(other)
+    splits = stock.run(
+        "import datasets\nresult = {s: i.num_examples for s, i in datasets.load_dataset_builder('alice/many', 'default').info.splits.items()}"
+    )
+    assert splits == {"train": ROWS, "test": 4}
+    data = sorted(path for path in hub.tree("alice/many") if path.endswith(".parquet"))
+    assert data == [
+        "data/test-00000-of-00001.parquet",
+        *(f"data/train-{i:05d}-of-00003.parquet" for i in range(3)),
+        *(f"small/train-{i:05d}-of-00002.parquet" for i in range(2)),
+    ]
+
+
+def test_a_card_edited_by_hand_keeps_its_prose(hub, client, stock, tree):
+    client.run(script(tree, "alice/card", num_shards=2))
+    client.run(
+        """
+from huggingface_hub import DatasetCard
+card = DatasetCard.load("alice/card")
+card.text = "\\n# By hand\\n\\nPlease cite us."
+card.data["license"] = "cc0-1.0"
+card.push_to_hub("alice/card")
+"""
+    )
+    client.run(script(tree, "alice/card", num_shards=4))
+    text = hub.read("alice/card", "README.md").decode()
+    assert "Please cite us." in text and "license: cc0-1.0" in text
+    assert read(stock, "alice/card") == truth(tree)
+
+
+def test_branch_and_pull_request(hub, client, stock, tree):
+    client.run(script(tree, "alice/refs", num_shards=2))
+    main = hub.tree("alice/refs")
+    client.run(script(tree, "alice/refs", num_shards=3, revision="v2"))
+    oid = client.run(script(tree, "alice/refs", num_shards=4, create_pr=True))
+    assert hub.tree("alice/refs") == main
+    assert sorted(hub.refs("alice/refs")) == ["refs/heads/main", "refs/heads/v2", "refs/pr/1"]
+    assert hub.refs("alice/refs")["refs/pr/1"] == oid
+    for revision in ("v2", "refs/pr/1"):
+        assert read(stock, "alice/refs", revision=revision) == truth(tree)
+    assert client.run(script(tree, "alice/refs", num_shards=4, create_pr=True)) == oid
+    client.run("import huggingface_hub as h; h.HfApi().merge_pull_request('alice/refs', 1, repo_type='dataset')")
+    assert len([path for path in hub.tree("alice/refs") if path.startswith("data/")]) == 4
+
+
+def test_many_workers_make_the_same_repository(hub, client, tree):
+    client.run(script(tree, "alice/one"))
+    client.run(script(tree, "org/one", num_proc=4))
+    assert hub.tree("alice/one") == hub.tree("org/one")
+
+
+def test_dask_makes_the_same_repository(hub, client, tree):
+    pytest.importorskip("distributed")
+    client.run(script(tree, "alice/cluster"))
+    client.run(
+        f"""
+if __name__ == "__script__":
+    import hub_scripts
+    from datasets_bids.upload import dask_executor, push_dataset_to_hub
+    from distributed import LocalCluster
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        with dask_executor(cluster.scheduler_address) as executor:
+            push_dataset_to_hub(hub_scripts.dataset({str(tree)!r}), "org/cluster", num_shards=8, executor=executor)
+"""
+    )
+    assert hub.tree("alice/cluster") == hub.tree("org/cluster")
+
+
+def test_a_killed_worker_is_replaced(hub, client, stock, tree):
+    hub.set_faults(Fault("lfs_upload", kind="slow", seconds=1, count=2))
+    run = client.start(script(tree, "alice/killed-worker", num_proc=2))
+    wait_for(hub, "lfs_upload", run)
+    import psutil
+
+    children = psutil.Process(run.pid).children()
+    workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    workers[0].kill()
+    run.result()
+    assert read(stock, "alice/killed-worker") == truth(tree)
+
+
+def test_paths_alone(hub, client, tree, stock):
+    client.run(script(tree, "alice/paths", num_shards=2, embed_external_files=False))
+    rows = stock.run(
+        "import datasets\nds = datasets.load_dataset('alice/paths', split='train', streaming=True)\n"
+        "result = [row['t1w'] for row in ds.cast_column('t1w', datasets.Nifti(decode=False))]"
+    )
+    assert rows[0] == {"bytes": None, "path": str(tree / "sub-00" / "t1w.nii")}
+
+
+# -- killed --------------------------------------------------------------------------------------------------------------
+
+
+def wait_for(hub: HubServer, route: str, run, count: int = 1) -> None:
+    deadline = time.monotonic() + 60
+    while len(hub.log(route)) < count:
+        assert time.monotonic() < deadline, f"{route} never came: {run.text}"
+        time.sleep(0.005)
+
+
+def kill_and_resume(hub, client, tree, repo_id, log, moments, **options) -> int:
+    """Starts a push and kills it with SIGKILL so many seconds later, for each moment; then lets one end. Kills that hit."""
+    hits = 0
+    for moment in moments:
+        run = client.start(script(tree, repo_id, log=str(log), **options))
+        time.sleep(moment)
+        run.kill_group(signal.SIGKILL)
+        status = run.wait()
+        assert status in (0, -signal.SIGKILL), run.text
+        hits += status != 0
+    client.run(script(tree, repo_id, log=str(log), **options))
+    return hits
+
+
+def assert_resumed_well(hub, log: Path, kills: int, workers: int) -> None:
+    embedded = log.read_text().split()
+    again = len(embedded) - len(set(embedded))
+    assert len(set(embedded)) == 8
+    assert again <= kills * workers
+    assert set(uploads(hub).values()) == {1}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_random_moments(hub, client, stock, tree, tmp_path, workers):
+    client.run(script(tree, f"alice/whole-{workers}"))
+    hub.clear_log()
+    rng, repo_id = random.Random(workers), f"org/whole-{workers}"
+    processes = None if workers == 1 else workers
+    moments = [rng.uniform(0.02, 0.4) + (processes is not None) * 0.8 for _ in range(5)]
+    kills = kill_and_resume(hub, client, tree, repo_id, tmp_path / "log", moments, processes=processes)
+    assert hub.tree(repo_id) == hub.tree(f"alice/whole-{workers}")
+    assert_resumed_well(hub, tmp_path / "log", kills, workers)
+    assert_atomic(hub, repo_id, hub.tree(repo_id))
+    assert hub.refs(repo_id).keys() == {"refs/heads/main"}
+    assert read(stock, repo_id) == truth(tree)
+
+
+PLACES = [
+    ("create_repo", 0, "slow"),
+    pytest.param("create_repo", 0, "lost", marks=pytest.mark.deep),
+    pytest.param("branch", 0, "slow", marks=pytest.mark.deep),
+    pytest.param("commit", 0, "slow", marks=pytest.mark.deep),
+    ("commit", 0, "lost"),
+    ("lfs_upload", 0, "reset_upload"),
+    ("lfs_upload", 3, "lost"),
+    pytest.param("lfs_verify", 5, "slow", marks=pytest.mark.deep),
+    ("commit", 1, "lost"),
+    pytest.param("commit", 3, "slow", marks=pytest.mark.deep),
+    ("commit", 4, "slow"),
+    ("commit", 4, "lost"),
+    pytest.param("tree", 3, "slow", marks=pytest.mark.deep),
+    pytest.param("resolve", 3, "slow", marks=pytest.mark.deep),
+    ("branch", 1, "lost"),
+]
+
+
+@pytest.mark.parametrize(("route", "skip", "kind"), PLACES)
+def test_killed_while_the_hub_is_at_it(hub, client, tree, tmp_path, route, skip, kind):
+    """The request is held (or done, and its answer lost), and the push killed before it can go on."""
+    repo_id = f"alice/at-{route.replace('_', '-')}-{skip}-{kind.replace('_', '-')}"
+    hub.set_faults(
+        Fault(route, kind=kind, skip=skip, seconds=0.3), Fault(route, kind="slow", count=99, skip=skip, seconds=0.3)
+    )
+    run = client.start(script(tree, repo_id, log=str(tmp_path / "log")))
+    deadline = time.monotonic() + 60
+    while not any(entry.get("fault") for entry in hub.log(route)):
+        assert time.monotonic() < deadline, run.text
+        time.sleep(0.005)
+    run.kill_group(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    time.sleep(0.4)  # what the server was at is done, as it would be on the Hub
+    hub.set_faults()
+    client.run(script(tree, repo_id, log=str(tmp_path / "log")))
+    assert sorted(hub.tree(repo_id)) == [".gitattributes", "README.md", *SHARDS]
+    assert_resumed_well(hub, tmp_path / "log", 1, 1)
+    assert_atomic(hub, repo_id, hub.tree(repo_id))
+    assert hub.refs(repo_id).keys() == {"refs/heads/main"}
+
+
+def interrupted(hub, client, tree, repo_id, after: int = 4, **options) -> None:
+    """A push killed when `after` shards were uploaded."""
+    hub.clear_log()
+    hub.set_faults(Fault("lfs_upload", kind="slow", skip=after, count=99, seconds=0.5))
+    run = client.start(script(tree, repo_id, **options))
+    wait_for(hub, "lfs_upload", run, after + 1)
+    run.kill_group(signal.SIGKILL)
+    assert run.wait() == -signal.SIGKILL
+    time.sleep(0.6)
+    hub.set_faults()
+
+
+def test_goes_on_from_another_machine(hub, client, tree, stock, tmp_path):
+    """Without the working directory, what the working branch holds is neither embedded nor uploaded again."""
+    interrupted(hub, client, tree, "alice/elsewhere", after=6)
+    for folder in Path(hub.env()["HF_HOME"], "datasets-bids").glob("alice--elsewhere-*"):
+        shutil.rmtree(folder)
+    client.run(script(tree, "alice/elsewhere", log=str(tmp_path / "log")))
+    assert len((tmp_path / "log").read_text().split()) <= 5
+    assert set(uploads(hub).values()) == {1}
+    assert read(stock, "alice/elsewhere") == truth(tree)
+
+
+def test_changed_sources_are_noticed(hub, client, stock, tmp_path):
+    tree = make_tree(tmp_path / "tree")
+    interrupted(hub, client, tree, "alice/changed", after=6)
+    changed = tree / "sub-01" / "t1w.nii"
+    nib.save(nib.Nifti1Image(np.ones((30, 30, 30), "int16"), np.eye(4)), changed)
+    client.run(script(tree, "alice/changed", log=str(tmp_path / "log")))
+    again = (tmp_path / "log").read_text().split()
+    assert "sub-00" in again or "sub-01" in again
+    assert len(again) <= 4
+    assert read(stock, "alice/changed") == truth(tree)
+    assert len(hub.tree("alice/changed")) == 10
+
+
+def test_another_plan_is_said_and_not_mixed(hub, client, stock, tree):
+    interrupted(hub, client, tree, "alice/plans")
+    run = client.start(script(tree, "alice/plans", num_shards=5))
+    assert run.wait() == 1
+    assert "num_shards was 8, now 5" in run.text and "--abort" in run.text
+    client.run(script(tree, "alice/plans", num_shards=5, config_name="other"))
+    client.run(script(tree, "alice/plans"))
+    assert read(stock, "alice/plans", "default") == read(stock, "alice/plans", "other") == truth(tree)
+
+
+def test_uploads_that_the_hub_dropped_are_made_again(hub, client, stock, tree):
+    interrupted(hub, client, tree, "alice/dropped", after=2)
+    for path in (hub.root / "datasets" / "alice" / "dropped" / "lfs").iterdir():
+        path.unlink()
+    client.run(script(tree, "alice/dropped"))
+    assert read(stock, "alice/dropped") == truth(tree)
+
+
+def test_two_pushes_at_once(hub, client, tree):
+    with Client(hub.env(), client.folder / "second", imports="hub_scripts") as other:
+        other.run("")  # has imported all it needs
+        hub.set_faults(Fault("lfs_upload", kind="slow", seconds=1, count=2))
+        first = client.start(script(tree, "alice/twice"))
+        wait_for(hub, "lfs_upload", first)
+        run = other.start(script(tree, "alice/twice"))
+        assert run.wait() == 1 and "is running already" in run.text
+        first.result()
+
+
+# -- faults --------------------------------------------------------------------------------------------------------------
+
+
+FAULTS = [
+    Fault("commit", status=429, retry_after=1),
+    Fault("commit", kind="lost", skip=4),
+    Fault("commit", status=412, skip=4),
+    Fault("commit", status=409, skip=1, count=2),
+    Fault("lfs_upload", kind="reset_upload", skip=2),
+    Fault("lfs_verify", kind="lost", skip=2),
+    Fault("repo_info", kind="reset", count=2),
+    Fault("create_repo", kind="lost"),
+    Fault("cdn", kind="truncate", count=2),
+    Fault("validate_yaml", kind="truncate"),
+    pytest.param(Fault("commit", status=429, count=2), marks=pytest.mark.deep),
+    pytest.param(Fault("commit", status=500, skip=3), marks=pytest.mark.deep),
+    pytest.param(Fault("commit", kind="truncate", skip=4), marks=pytest.mark.deep),
+    pytest.param(Fault("whoami", status=504), marks=pytest.mark.deep),
+    pytest.param(Fault("tree", kind="truncate", count=1), marks=pytest.mark.deep),
+    pytest.param(Fault("resolve", status=502, count=2), marks=pytest.mark.deep),
+    pytest.param(Fault("preupload", kind="slow", seconds=2, count=2), marks=pytest.mark.deep),
+    pytest.param(Fault("refs", status=500), marks=pytest.mark.deep),
+    pytest.param(Fault("lfs_upload", status=503, skip=2), marks=pytest.mark.deep),
+    pytest.param(Fault("branch", kind="lost", count=2), marks=pytest.mark.deep),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.route}-{fault.kind}-{fault.status}-{fault.skip}")
+def test_faults_are_outlived(hub, client, tree, fault):
+    repo_id = f"alice/outlived-{fault.route}-{fault.kind}-{fault.status}-{fault.skip}".replace("_", "-")
+    hub.set_faults(fault)
+    client.run(script(tree, repo_id))
+    assert hub.pending_faults() == 0
+    assert sorted(hub.tree(repo_id)) == [".gitattributes", "README.md", *SHARDS]
+    assert_atomic(hub, repo_id, hub.tree(repo_id))
+    assert set(uploads(hub).values()) == {1}
+    assert hub.refs(repo_id).keys() == {"refs/heads/main"}
+
+
+def test_a_lost_answer_opens_no_second_pull_request(hub, client, tree):
+    hub.set_faults(Fault("commit", kind="lost", skip=4))
+    client.run(script(tree, "alice/one-pull", create_pr=True))
+    assert hub.pending_faults() == 0
+    assert sorted(hub.refs("alice/one-pull")) == ["refs/heads/main", "refs/pr/1"]
+
+
+def test_somebody_else_commits_meanwhile(hub, client, stock, tree):
+    """Their file stays, and the commit starts over from their state."""
+    client.run(script(tree, "alice/raced", num_shards=2))
+    hub.clear_log()
+    hub.set_faults(Fault("validate_yaml", kind="slow", seconds=1))  # just before the commit on main
+    run = client.start(script(tree, "alice/raced", num_shards=3))
+    wait_for(hub, "validate_yaml", run)
+    stock.run(
+        "import huggingface_hub as h\nh.HfApi().upload_file(path_or_fileobj=b'theirs', path_in_repo='theirs.txt', "
+        "repo_id='alice/raced', repo_type='dataset')"
+    )
+    run.result()
+    assert 412 in [entry.get("status") for entry in hub.log("commit")]
+    assert hub.read("alice/raced", "theirs.txt") == b"theirs"
+    assert len([path for path in hub.tree("alice/raced") if path.startswith("data/")]) == 3
+
+
+FINAL = [
+    (Fault("lfs_upload", status=403, message="no more room", count=99), "403 no more room"),
+    (Fault("commit", status=413, message="too large", skip=2, count=99), "413 too large"),
+    (Fault("commit", status=401, message="token expired", skip=1, count=99), "401 token expired"),
+    (Fault("repo_info", status=404, message="not here", count=99), "404 not here"),
+    (Fault("commit", status=503, message="down", skip=2, count=999), "gave up after"),
+]
+
+
+@pytest.mark.parametrize(("fault", "words"), FINAL, ids=[words.replace(" ", "-") for _, words in FINAL])
+def test_what_no_retry_mends_ends_in_one_line(hub, client, stock, tree, tmp_path, fault, words):
+    repo_id = f"alice/final-{fault.route.replace('_', '-')}-{fault.status}"
+    client.run(script(tree, repo_id, num_shards=2))
+    before = hub.tree(repo_id)
+    hub.set_faults(fault)
+    start = time.monotonic()
+    status, text = command(client, repo_id, make_tree(tmp_path / "new", rows=9, seed=5), "--num-shards", "9")
+    hub.set_faults()
+    assert status == 1
+    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert words in line and text.splitlines()[-1] == line and "Traceback" not in text
+    assert hub.tree(repo_id) == before
+    assert read(stock, repo_id) == truth(tree)
+    assert "hf_alice" not in text
+    if fault.status != 503:
+        assert time.monotonic() - start < 30
+
+
+def test_quota(hub, client, tree):
+    hub.settings(quota=10)
+    status, text = command(client, "alice/quota-push", tree)
+    assert status == 1 and "storage limit reached" in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "words"),
+    [
+        (None, "alice/x", "no Hub token"),
+        ("hf_wrong", "alice/x", "401"),
+        ("hf_alice_read", "alice/x", "may only read"),
+        ("hf_bob_write", "org/x", "no write access to org"),
+        ("hf_rita_write", "org/x", "no write access to org"),
+        ("hf_bob_write", "alice/theirs", "403"),
+    ],
+)
+def test_access_is_checked_before_a_byte_moves(hub, client, tree, tmp_path, token, repo_id, words):
+    client.run("import huggingface_hub as h; h.create_repo('alice/theirs', repo_type='dataset', exist_ok=True)")
+    hub.clear_log()
+    env = hub.env(token, home=tmp_path)
+    if token is None:
+        env["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "0"
+    with Client(env, tmp_path / "client", imports="hub_scripts") as other:
+        status, text = command(other, repo_id, tree)
+        assert status == 1 and words in text.splitlines()[-1], text
+        if token:
+            assert token not in text
+        assert command(other, repo_id, tree, "--dry-run")[0] == 0
+    assert {entry["route"] for entry in hub.log()} <= {"whoami", "repo_info", "auth_check"}
+
+
+# -- private, verified, aborted ------------------------------------------------------------------------------------------
+
+
+def test_what_must_be_private_is(hub, client, tree):
+    reason = {"private_because": "its data use agreement forbids to redistribute it"}
+    for repo_id, options in (("alice/atlas", {}), ("alice/open", {"private": True})):
+        if repo_id == "alice/open":
+            client.run(script(tree, repo_id))
+        run = client.start(script(tree, repo_id, **options, **reason))
+        assert run.wait() == 1 and reason["private_because"] in run.text
+    assert not hub.exists("alice/atlas")
+    client.run(script(tree, "alice/atlas", private=True, **reason))
+    client.run(script(tree, "alice/atlas", **reason))
+    state = json.loads((hub.root / "datasets" / "alice" / "atlas" / "repo.json").read_text())
+    assert state["private"] is True
+
+
+def test_the_token_is_nowhere(hub, client, tree, tmp_path):
+    home = tmp_path / "home"
+    env = hub.env("hf_alice_write", home=home)
+    with Client(env, tmp_path / "client", imports="hub_scripts") as other:
+        run = other.start(
+            "import logging; logging.basicConfig(level=logging.INFO)\n"
+            + script(tree, "alice/token", token="hf_alice_write", num_proc=2)
+        )
+        time.sleep(1.2)
+        run.kill_group(signal.SIGKILL)
+        run.wait()
+        texts = [run.text]
+        texts += [path.read_text(errors="replace") for path in home.rglob("*") if path.is_file()]
+        assert other.run(script(tree, "alice/token"))
+    texts.append(hub.read("alice/token", "README.md").decode())
+    assert len(texts) > 2
+    assert not [text for text in texts if "hf_alice_write" in text]
+
+
+def test_verify_only(hub, client, tree):
+    command(client, "alice/verified", tree, "--num-shards", "4", check=True)
+    status, text = command(client, "alice/verified", tree, "--num-shards", "4", "--verify-only")
+    assert status == 0 and "4 shards" in text
+    for folder in Path(hub.env()["HF_HOME"], "datasets-bids").glob("alice--verified-*"):
+        shutil.rmtree(folder)
+    assert command(client, "alice/verified", tree, "--num-shards", "4", "--verify-only")[0] == 0
+    status, text = command(client, "alice/verified", tree, "--num-shards", "5", "--verify-only")
+    assert status == 1 and "is missing" in text.splitlines()[-1]
+    client.run(
+        "import huggingface_hub as h\nh.HfApi().upload_file(path_or_fileobj=b'PAR1', repo_id='alice/verified', "
+        "path_in_repo='data/train-00001-of-00004.parquet', repo_type='dataset')"
+    )
+    status, text = command(client, "alice/verified", tree, "--num-shards", "4", "--verify-only")
+    assert status == 1 and "data/train-00001-of-00004.parquet is another file" in text.splitlines()[-1]
+
+
+def abort(client, tree, repo_id, **options) -> list[str]:
+    return client.run(
+        f"""
+import hub_scripts
+from datasets_bids import hub, upload
+from huggingface_hub import DatasetCard
+options = {{"num_shards": 8, **{options!r}}}
+plan = hub.plan_push({{"train": hub_scripts.dataset({str(tree)!r})}}, num_shards=options["num_shards"])
+result = upload.HubPush(plan, upload.make_target({repo_id!r}), DatasetCard("---\\n{{}}\\n---\\n"), options=options).abort()
+"""
+    )
+
+
+def test_abort_of_a_first_push_removes_the_repository(hub, client, tree):
+    interrupted(hub, client, tree, "alice/aborted")
+    said = abort(client, tree, "alice/aborted")
+    assert any("Deleted alice/aborted" in line for line in said)
+    assert not hub.exists("alice/aborted")
+    client.run(script(tree, "alice/aborted", num_shards=3))
+
+
+def test_abort_leaves_a_finished_dataset_and_its_uploads(hub, client, stock, tree, tmp_path):
+    client.run(script(tree, "alice/kept"))
+    before, objects = hub.tree("alice/kept"), set((hub.root / "datasets/alice/kept/lfs").iterdir())
+    assert "nothing was done" in abort(client, tree, "alice/kept")[0]
+    other = make_tree(tmp_path / "other", seed=7)
+    interrupted(hub, client, other, "alice/kept")
+    said = abort(client, other, "alice/kept")
+    assert any("working branch" in line for line in said) and any("uploads" in line for line in said)
+    assert hub.tree("alice/kept") == before and list(hub.refs("alice/kept")) == ["refs/heads/main"]
+    assert objects <= set((hub.root / "datasets/alice/kept/lfs").iterdir())
+    assert not list(Path(hub.env()["HF_HOME"], "datasets-bids").glob("alice--kept-*"))
+    assert read(stock, "alice/kept") == truth(tree)
+
+
+def test_abort_never_removes_a_repository_with_something_in_it(hub, client, tree):
+    interrupted(hub, client, tree, "alice/notes")
+    client.run(
+        "import huggingface_hub as h\nh.HfApi().upload_file(path_or_fileobj=b'x', path_in_repo='notes.txt', "
+        "repo_id='alice/notes', repo_type='dataset')"
+    )
+    abort(client, tree, "alice/notes")
+    assert sorted(hub.tree("alice/notes")) == [".gitattributes", "notes.txt"]
+
+
+def test_files_that_cannot_be_stored_are_all_named(hub, client, tmp_path):
+    tree = make_tree(tmp_path / "tree")
+    (tree / "sub-05" / "t1w.nii").write_bytes(b"")
+    (tree / "sub-07" / "t1w.nii").write_bytes(b"")
+    status, text = command(client, "alice/unstorable", tree, "--num-shards", "4")
+    assert status == 1 and "sub-05/t1w.nii" in text and "sub-07/t1w.nii" in text and "Traceback" not in text
+    assert not hub.exists("alice/unstorable")
+
+
+def test_the_command(hub, client, stock, tree):
+    status, text = command(client, "alice/command", tree, "--max-shard-size", "30KB", "--num-proc", "2")
+    assert status == 0, text
+    lines = text.splitlines()
+    assert lines[0] == f"Found {ROWS} subjects" and "Done and verified: " in text
+    assert lines[-1] == "Load it with load_dataset('alice/command')"
+    found = stock.run(
+        "import datasets, hashlib\nds = datasets.load_dataset('alice/command', split='train').cast_column('t1w', datasets.Nifti(decode=False))\n"
+        "result = {r['subject_id']: r['t1w'] and hashlib.sha256(r['t1w']['bytes']).hexdigest() for r in ds}"
+    )
+    assert found == {subject: files[0] for subject, files in truth(tree).items()}
+    status, text = command(client, "alice/command", tree, "--abort")
+    assert status == 0 and "nothing was done" in text
