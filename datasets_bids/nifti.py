@@ -3,14 +3,14 @@
 How it works:
 
 - A value is stored as `{"bytes", "path"}`, as ever. What an image is told by are its first bytes, never its name.
-- `decode_example` returns a plain nibabel image. From bytes it is lazy: nibabel's own array proxy reads from a `StoredFile`, a
-  read-only file over the stored bytes that inflates no more than is asked for, can be shared by threads and pickles at its
-  compressed size.
-- `encode_example` asks what an image was read from and reads that header again. If nothing that nibabel would write differs, the
-  very bytes (or the path) it came from are stored; otherwise the image is serialized, and voxels that were not touched keep
-  their stored values and scale factors.
-- Everything above the line "Patches" could stand in `features/nifti.py`; below it are the places of `datasets` that have to know
-  about images.
+- `decode_example` returns a plain nibabel image. From bytes it is lazy: nibabel's own array proxy reads from a
+  `StoredFile`, a read-only file over the stored bytes that inflates no more than is asked for, can be shared by
+  threads and pickles at its compressed size.
+- `encode_example` asks what an image was read from and reads that header again. If nothing that nibabel would write
+  differs, the very bytes (or the path) it came from are stored; otherwise the image is serialized, and voxels that
+  were not touched keep their stored values and scale factors.
+- Everything above the line "Patches" could stand in `features/nifti.py`; below it are the places of `datasets` that
+  have to know about images.
 """
 
 import bz2
@@ -56,9 +56,9 @@ _HEAD = 1024
 class StoredFile(io.RawIOBase):
     """What one stored image inflates to, as a read-only file that array proxies and threads can share.
 
-    Each thread has its own position, so nibabel's seek-then-read pairs cannot get mixed up. Inflated data are not kept as long as
-    reads move forward (a header, a first slice, the whole array). From the first read that goes back, what is inflated is kept,
-    so that no byte is inflated a third time.
+    Each thread has its own position, so nibabel's seek-then-read pairs cannot get mixed up. Inflated data are not kept
+    as long as reads move forward (a header, a first slice, the whole array). From the first read that goes back, what
+    is inflated is kept, so that no byte is inflated a third time.
 
     Args:
         source: The bytes as stored, or the local path of a file that nibabel cannot open by its name.
@@ -74,7 +74,7 @@ class StoredFile(io.RawIOBase):
         self.path = source if isinstance(source, str) else path
         self.name = self.path or "<bytes without a path>"
         self.expected_nbytes = 0
-        """Bytes that header and voxels take. A read within them that comes out short is an error, not the end of the file."""
+        """Bytes that header and voxels take. A read within them that comes out short is an error, not the end."""
         self._lock = threading.Lock()
         self._local = threading.local()
         self._stream: Any = None
@@ -130,7 +130,8 @@ class StoredFile(io.RawIOBase):
                     n = self._read_forward(start, view)
             if n < len(view) and start + len(view) <= self.expected_nbytes:
                 raise OSError(
-                    f"{self.name}: cut off after {start + n} of {self.expected_nbytes} bytes. Fetch or convert the file again."
+                    f"{self.name}: cut off after {start + n} of {self.expected_nbytes} bytes. "
+                    "Fetch or convert the file again."
                 )
         self._local.position = start + n
         return n
@@ -173,7 +174,7 @@ class StoredFile(io.RawIOBase):
         return piece
 
     def _check_end(self) -> None:
-        # A checksum stands behind the last byte and is only looked at by a read that goes there: nibabel reads exactly the voxels
+        # The checksum behind the last byte is only looked at by a read that goes there, and nibabel's end before it
         if hasattr(self._stream, "peek"):
             try:
                 self._stream.peek(1)
@@ -212,7 +213,8 @@ class _Reported:
         self.file._kept = None
         if self.file.compression is not None:
             raise OSError(
-                f"{self.file.name}: the {self.file.compression} data are damaged or cut off ({error}). Fetch the file again."
+                f"{self.file.name}: the {self.file.compression} data are damaged or cut off ({error}). "
+                "Fetch the file again."
             ) from error
 
 
@@ -328,7 +330,7 @@ def _load_path(path: str) -> "nib.spatialimages.SpatialImage":
         raise ValueError(f"{path}: the header cannot be read ({e}). Convert the file again.") from e
     if isinstance(image, nib.Nifti1Image) and not path.lower().endswith((".gz", ".bz2", ".zst")):
         if os.path.getsize(path) < _expected_nbytes(image):
-            # Cut off, or a header alone, as in bids-examples: readable until voxels are asked for, which then names the file
+            # Cut off, or a header alone, as in bids-examples: readable until voxels are asked for, and then named
             return _load_stored(StoredFile(path))
     return image
 
@@ -339,7 +341,7 @@ def _expected_nbytes(image: "nib.dataobj_images.DataobjImage") -> int:
 
 
 def is_image(value: Any) -> bool:
-    """True for a nibabel image with voxels (or CIFTI-2 grayordinates). Imports nothing: without nibabel there are no images."""
+    """True for a nibabel image with voxels or grayordinates. Imports nothing: without nibabel there are no images."""
     nibabel = sys.modules.get("nibabel")
     return nibabel is not None and isinstance(value, nibabel.dataobj_images.DataobjImage)
 
@@ -350,9 +352,9 @@ def encode_example(
     """Encode an example into the format for Arrow.
 
     Args:
-        value: A path, the bytes of a file, a dictionary with "path" and/or "bytes", or a nibabel image. An image that was read
-            from a file or from bytes and not modified is stored as that path or those bytes. As in nibabel, changes to the array
-            that `get_fdata` caches are no changes to the image.
+        value: A path, the bytes of a file, a dictionary with "path" and/or "bytes", or a nibabel image. An image that
+            was read from a file or from bytes and not modified is stored as that path or those bytes. As in nibabel,
+            changes to the array that `get_fdata` caches are no changes to the image.
 
     Returns:
         `dict` with "path" and "bytes".
@@ -387,7 +389,7 @@ def encode_example(
 
 
 def _holds(path: str, bytes_: bytes) -> bool:
-    # A relative path names a file of the dataset repository; one in the working directory is another file, or becomes one
+    # A relative path names a file of the dataset repository; one in the working directory is another file
     return (
         os.path.isabs(path)
         and os.path.isfile(path)
@@ -507,8 +509,8 @@ def decode_example(
     """Decode an example into a nibabel image.
 
     Args:
-        value: A path, or a dictionary with "path" and "bytes". The format (NIfTI-1, NIfTI-2, CIFTI-2; plain, gzip, bzip2, zstd)
-            is told by the content.
+        value: A path, or a dictionary with "path" and "bytes". The format (NIfTI-1, NIfTI-2, CIFTI-2; plain, gzip,
+            bzip2, zstd) is told by the content.
         token_per_repo_id: Repository id to token, for files in private repositories on the Hub.
 
     Returns:
@@ -550,7 +552,7 @@ _decoded: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 def _show_in_notebook(image: "nib.dataobj_images.DataobjImage") -> None:
-    """Let a notebook show `image` with NiiVue, without a class of our own: nibabel's functions make new images by class."""
+    """Let a notebook show `image` with NiiVue. No class of our own: nibabel's functions make new images by class."""
     if "IPython" not in sys.modules:
         return
     shell = sys.modules["IPython"].get_ipython()
@@ -584,8 +586,8 @@ def _niivue_html(image: "nib.dataobj_images.DataobjImage") -> None:
 
 
 def plain_storage(storage: pa.Array) -> pa.Array:
-    """Reduce the Arrow types that can hold paths or bytes to those that `cast_storage` of Image, Audio, Video, Pdf, Mesh and
-    Nifti know: `string`, `binary` and structs of them. pandas 3 makes `large_string`, Polars `string_view`, and so on.
+    """Reduce the Arrow types that can hold paths or bytes to `string`, `binary` and structs of them, which is what
+    `cast_storage` of Image, Audio, Video, Pdf, Mesh and Nifti know. pandas 3 makes `large_string`, Polars `string_view`.
 
     Raises:
         pa.ArrowInvalid: if one array holds more than 2 GiB of paths or bytes.
@@ -636,7 +638,7 @@ def _has_nifti(feature: Any) -> bool:
 
 
 def _encode_images(value: Any, force_bytes: bool = False) -> Any:
-    """`value` with every image in its lists and dictionaries encoded. Unmodified ones become their path, if they have one."""
+    """`value` with every image in its lists and dictionaries encoded."""
     if is_image(value):
         return encode_nibabel_image(value, force_bytes=force_bytes)
     if isinstance(value, Mapping):
@@ -647,8 +649,10 @@ def _encode_images(value: Any, force_bytes: bool = False) -> Any:
 
 
 def _holds_images(value: Any) -> bool:
-    """True if there is an image in `value`. Of a list of anything but containers one value is looked at: this runs for every
-    example of every dataset."""
+    """True if there is an image in `value`.
+
+    Of a list of anything but containers one value is looked at: this runs for every example of every dataset.
+    """
     if isinstance(value, dict):
         return any(map(_holds_images, value.values()))
     if isinstance(value, (list, tuple)):
