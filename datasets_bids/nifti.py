@@ -586,8 +586,10 @@ def _niivue_html(image: "nib.dataobj_images.DataobjImage") -> None:
 
 
 def plain_storage(storage: pa.Array) -> pa.Array:
-    """Reduce the Arrow types that can hold paths or bytes to `string`, `binary` and structs of them, which is what
-    `cast_storage` of Image, Audio, Video, Pdf, Mesh and Nifti know. pandas 3 makes `large_string`, Polars `string_view`.
+    """Reduce the Arrow types that can hold paths or bytes to `string`, `binary` and structs of them.
+
+    These are what `cast_storage` of Image, Audio, Video, Pdf, Mesh and Nifti know. pandas 3 makes `large_string`, Polars
+    `string_view`.
 
     Raises:
         pa.ArrowInvalid: if one array holds more than 2 GiB of paths or bytes.
