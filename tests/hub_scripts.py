@@ -7,6 +7,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import datasets
+from huggingface_hub import DatasetCard
 
 from datasets_bids import embed, upload
 
@@ -50,6 +51,7 @@ def push(tree: str, repo_id: str, log: str | None = None, processes: int | None 
     upload.PATIENCE = options.pop("patience", 30.0)
     upload.FIRST_WAIT = 0.05
     options.setdefault("num_shards", 8)
+    options.setdefault("card", DatasetCard("---\n{}\n---\n\n# Phantoms\n"))  # the same in every repository
     if processes:
         initializer = count_embedding if log else None
         with ProcessPoolExecutor(processes, get_context("spawn"), initializer, (log,) if log else ()) as executor:

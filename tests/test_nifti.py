@@ -72,7 +72,9 @@ def make_image(image_class=nib.Nifti1Image, shape=(4, 5, 6), dtype=np.int16, slo
 
 
 def make_cifti():
-    axis = nib.cifti2.BrainModelAxis.from_mask(np.ones((2, 2, 2)), name="CIFTI_STRUCTURE_THALAMUS_LEFT", affine=np.eye(4))
+    axis = nib.cifti2.BrainModelAxis.from_mask(
+        np.ones((2, 2, 2)), name="CIFTI_STRUCTURE_THALAMUS_LEFT", affine=np.eye(4)
+    )
     series = nib.cifti2.SeriesAxis(0, 1, 3)
     return nib.Cifti2Image(np.arange(24, dtype=np.float32).reshape(3, 8), (series, axis))
 
@@ -571,7 +573,9 @@ def new_columns_are_typed():
 def items_with_images_can_be_added():
     image = make_image()
     image.to_filename("a.nii.gz")
-    ds = Dataset.from_dict({"image": [stored(image)], "id": [0]}, features=FEATURES).with_format("numpy", columns=["id"])
+    ds = Dataset.from_dict({"image": [stored(image)], "id": [0]}, features=FEATURES).with_format(
+        "numpy", columns=["id"]
+    )
     for value in (image, "a.nii.gz", Path("a.nii.gz"), {"path": None, "bytes": stored(image)}):
         more = ds.select([0, 0]).add_item({"image": value, "id": 1})
         assert more.format["type"] == "numpy" and more.features == FEATURES

@@ -38,7 +38,10 @@ def measure(connection, path: str, read: str, patched: bool) -> None:
 
     stored = Path(path).read_bytes()
     small = nibabel.Nifti1Image(np.zeros((2, 2, 2, 2), np.int16), np.eye(4))
-    READS[read](Nifti().decode_example({"path": "warm.nii.gz", "bytes": gzip.compress(small.to_bytes())}), np.random.default_rng(0))
+    READS[read](
+        Nifti().decode_example({"path": "warm.nii.gz", "bytes": gzip.compress(small.to_bytes())}),
+        np.random.default_rng(0),
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     image = Nifti().decode_example({"path": "image.nii.gz", "bytes": stored})
@@ -68,7 +71,9 @@ def make_file(path: Path, nbytes: int) -> None:
     rng = np.random.default_rng(0)
     x, y, z = np.ogrid[:96, :96, :60]
     head = 800 * ((x - 48) ** 2 + (y - 48) ** 2 + (z - 30) ** 2 < 44**2)
-    image = nib.Nifti1Image(np.zeros((*shape, nbytes // 2 // int(np.prod(shape))), np.int16), np.diag([2.0, 2.0, 2.0, 1.0]))
+    image = nib.Nifti1Image(
+        np.zeros((*shape, nbytes // 2 // int(np.prod(shape))), np.int16), np.diag([2.0, 2.0, 2.0, 1.0])
+    )
     for t in range(image.shape[3]):
         image.dataobj[..., t] = head + (head > 0) * rng.normal(0, 12, shape)
     path.write_bytes(gzip.compress(image.to_bytes(), 6))
