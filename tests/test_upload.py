@@ -732,52 +732,60 @@ def test_two_hundred_schedules_of_faults(tmp_path, capsys):
     old, new = make_tree(tmp_path / "old", rows=5, seed=1), make_tree(tmp_path / "new")
     seeds = iter(range(200))
 
-    def worker(number: int) -> list[tuple[int, str]]:
-        outcomes = []
-        folder = tmp_path / f"worker-{number}"
+    def one(seed: int, hub: HubServer, client: Client, stock: Client) -> str:
+        rng = random.Random(seed)
+        repo_id = f"alice/schedule-{seed}"
+        replaces = rng.random() < 0.5
+        if replaces:
+            client.run(script(old, repo_id, num_shards=3))
+        hub.set_faults(*schedule(rng))
+        status, text = command(client, repo_id, new, "--num-shards", "8")
+        hub.set_faults()
+        if status == 0:
+            assert read(stock, repo_id) == truth(new)
+            assert len(data_of(hub, repo_id)) == 8
+            return "right"
+        errors = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert status == 1 and len(errors) == 1 and "Traceback" not in text, text
+        if replaces:
+            # The push may have been cut off after its commit, while it was checking it.
+            assert len(data_of(hub, repo_id)) in (3, 8)
+            assert read(stock, repo_id) == truth(old if len(data_of(hub, repo_id)) == 3 else new)
+        elif hub.exists(repo_id):
+            assert len(data_of(hub, repo_id)) in (0, 8)
+        command(client, repo_id, new, "--num-shards", "8", check=True)
+        assert read(stock, repo_id) == truth(new)
+        return errors[0]
+
+    def worker(number: int) -> dict[int, str]:
+        folder, outcomes = tmp_path / f"worker-{number}", {}
         with (
             HubServer(folder / "server") as hub,
             Client(hub.env(), folder / "client", imports="hub_scripts") as client,
             Client(hub.env(home=folder / "stock"), folder / "stock", imports="datasets, hashlib") as stock,
         ):
             for seed in seeds:
-                rng = random.Random(seed)
-                repo_id = f"alice/schedule-{seed}"
-                replaces = rng.random() < 0.5
-                if replaces:
-                    client.run(script(old, repo_id, num_shards=3))
-                before = hub.tree(repo_id) if replaces else None
-                hub.set_faults(*schedule(rng))
-                status, text = command(client, repo_id, new, "--num-shards", "8", "--num-proc", "1")
-                hub.set_faults()
-                if status == 0:
-                    assert read(stock, repo_id) == truth(new), seed
-                    assert len([path for path in hub.tree(repo_id) if path.startswith("data/")]) == 8
-                    outcomes.append((seed, "right"))
-                    continue
-                errors = [line for line in text.splitlines() if line.startswith("error: ")]
-                assert status == 1 and len(errors) == 1 and "Traceback" not in text, (seed, text)
-                if replaces:
-                    whole = {path for path in hub.tree(repo_id) if path.startswith("data/")}
-                    old_data = {path for path in before if path.startswith("data/")}
-                    # The push may have been cut off after its commit, while it was checking it.
-                    assert whole == old_data or len(whole) == 8, seed
-                    assert read(stock, repo_id) == truth(old if whole == old_data else new), seed
-                elif hub.exists(repo_id):
-                    assert len([path for path in hub.tree(repo_id) if path.startswith("data/")]) in (0, 8), seed
-                status, text = command(client, repo_id, new, "--num-shards", "8", check=True)
-                assert read(stock, repo_id) == truth(new), seed
-                outcomes.append((seed, errors[0]))
+                try:
+                    outcomes[seed] = one(seed, hub, client, stock)
+                except Exception as error:
+                    outcomes[seed] = f"FAILED {error!r}"
+                    hub.set_faults()
         return outcomes
 
     with ThreadPoolExecutor(6) as pool:
-        outcomes = [outcome for found in pool.map(worker, range(6)) for outcome in found]
+        outcomes = {seed: text for found in pool.map(worker, range(6)) for seed, text in found.items()}
     assert len(outcomes) == 200
-    right = sum(outcome == "right" for _, outcome in outcomes)
+    failed = {seed: text for seed, text in outcomes.items() if text.startswith("FAILED")}
+    assert not failed, "\n".join(f"{seed}: {text}" for seed, text in failed.items())
+    right = sum(text == "right" for text in outcomes.values())
     report(
         capsys,
         f"200 schedules: {right} ended in the right repository, {200 - right} in one line and were gone on with",
     )
+
+
+def data_of(hub: HubServer, repo_id: str) -> list[str]:
+    return [path for path in hub.tree(repo_id) if path.startswith("data/")]
 
 
 def make_big_tree(folder: Path, rows: int, nbytes: int) -> Path:
