@@ -2,7 +2,7 @@
 
 __version__ = "0.1.0"
 
-from . import loading
+from . import loading, patching
 from .bids import BidsBuilder, BidsConfig
 from .dataset import BidsDataset, build_hf_dataset
 from .index import find_all_niftis, find_nifti
@@ -20,3 +20,4 @@ __all__ = [
 ]
 
 loading.install()
+patching.apply()

@@ -15,11 +15,11 @@ How it works:
 
 import bz2
 import copy
+import dataclasses
 import functools
 import gzip
 import io
 import os
-import re
 import sys
 import threading
 import weakref
@@ -32,15 +32,13 @@ import pyarrow as pa
 from datasets import Dataset, List, concatenate_datasets, config
 from datasets.arrow_dataset import transmit_format
 from datasets.arrow_writer import TypedSequence
-from datasets.download.download_config import DownloadConfig
 from datasets.features import Features, Nifti
 from datasets.features.features import _visit, cast_to_python_objects, decode_nested_example, encode_nested_example
 from datasets.utils.file_utils import is_local_path, xopen
-from datasets.utils.py_utils import string_to_dict
-from fsspec.implementations.local import LocalFileSystem
 from numpy.lib import recfunctions
 
 from .patching import Patch
+from .shards import download_config, local_path, refuse_content
 
 
 if TYPE_CHECKING:
@@ -257,35 +255,31 @@ def _is_trailing(error: gzip.BadGzipFile) -> bool:
 
 
 def looks_like(head: bytes) -> Optional[str]:
-    """What bytes that are no NIfTI image look like, and what to do about it; `None` if they look like nothing known.
+    """What a file that is no NIfTI image is, and what to do about it ("is ...: ..."); `None` if nothing is recognized.
 
     Args:
-        head: The first bytes (about a thousand) of a file as it lies on disk.
+        head: The first bytes (about a thousand) of the inflated file.
     """
-    text = head.lstrip().lower()
     if not head:
-        return "empty: fetch the file again"
-    if head.startswith(b"version https://git-lfs.github.com/"):
-        return "a Git LFS pointer: run `git lfs pull` to fetch the image itself"
-    if re.match(rb"[./\\]*(git[/\\])?annex[/\\]objects[/\\]", head):
-        return "a git-annex pointer: run `datalad get` or `git annex get` to fetch the image itself"
-    if text.startswith((b"<!doctype html", b"<html")):
-        return "an HTML page, most likely the error page of a download: fetch the file again"
-    if text.startswith(b"<?xml"):
-        return "an XML document, most likely the error message of a download: fetch the file again"
-    if head[344:348] == b"ni1\0" or head[4:8] == b"ni2\0":
-        return "the header half of a .hdr/.img pair: convert the pair to one .nii.gz file"
+        return "is empty: fetch it again"
+    if head.lstrip().startswith(b"<?xml"):
+        return "is an XML document, most likely the error message of a download: fetch it again"
+    if _is_pair_header(head):
+        return "is the header half of a .hdr/.img pair: convert the pair to one .nii.gz file"
     if head[128:132] == b"DICM":
-        return "a DICOM file: convert the series with dcm2niix"
+        return "is a DICOM file: convert the series with dcm2niix"
     if head.startswith(b"PK\x03\x04"):
-        return "a zip archive: extract it"
-    return None
+        return "is a zip archive: extract it"
+    return refuse_content(head)
+
+
+def _is_pair_header(head: bytes) -> bool:
+    return head[344:348] == b"ni1\0" or head[4:8] == b"ni2\0"
 
 
 def _not_an_image(name: str, head: bytes) -> ValueError:
-    # a bare dump of bytes is what is left to say when nothing is recognized
-    described = looks_like(head) or f"neither NIfTI-1, NIfTI-2 nor CIFTI-2; the first bytes are {head[:16]!r}"
-    return ValueError(f"{name} is no NIfTI image. It is {described}.")
+    reason = looks_like(head) or f"starts with {head[:16]!r}, which is neither NIfTI-1, NIfTI-2 nor CIFTI-2"
+    return ValueError(f"{name} is no NIfTI image: it {reason}.")
 
 
 def _load_stored(file: StoredFile) -> "nib.Nifti1Image":
@@ -297,9 +291,8 @@ def _load_stored(file: StoredFile) -> "nib.Nifti1Image":
     import nibabel as nib
 
     head = file.head()
-    is_half = head[344:348] == b"ni1\0" or head[4:8] == b"ni2\0"
     for image_class in (nib.Nifti1Image, nib.Cifti2Image, nib.Nifti2Image):
-        if image_class.header_class.may_contain_header(head) and not is_half:
+        if image_class.header_class.may_contain_header(head) and not _is_pair_header(head):
             break
     else:
         raise _not_an_image(file.name, head)
@@ -547,25 +540,16 @@ def decode_example(
         # gzipped files in streaming mode have the structure 'gzip://T1.nii::<local_path>'
         if path.startswith("gzip://") and is_local_path(path.split("::")[-1]):
             path = path.split("::")[-1]
-        if path.startswith("file://"):
-            path = LocalFileSystem._strip_protocol(path)
-        if is_local_path(path):
-            image = _load_path(path)
+        local = local_path(path)
+        if local is not None:
+            image = _load_path(local)
         else:
-            download_config = DownloadConfig(token=_token(path, token_per_repo_id or {}))
-            with xopen(path, "rb", download_config=download_config) as f:
+            with xopen(path, "rb", download_config=download_config(path, token_per_repo_id)) as f:
                 image = _load_stored(StoredFile(f.read(), path))
     else:
         image = _load_stored(StoredFile(bytes_ if isinstance(bytes_, bytes) else bytes(bytes_), path))
     _show_in_notebook(image)
     return image
-
-
-def _token(path: str, token_per_repo_id: dict[str, Union[str, bool, None]]) -> Union[str, bool, None]:
-    url = path.split("::")[-1]
-    pattern = config.HUB_DATASETS_URL if url.startswith(config.HF_ENDPOINT) else config.HUB_DATASETS_HFFS_URL
-    fields = string_to_dict(url, pattern)
-    return token_per_repo_id.get(fields["repo_id"]) if fields is not None else None
 
 
 _decoded: "weakref.WeakSet[Any]" = weakref.WeakSet()
@@ -756,11 +740,18 @@ def _infer_features_from_batch(original):
     return infer
 
 
+def _holds_images(row: Any) -> bool:
+    return isinstance(row, dict) and any(map(is_image, row.values()))
+
+
 def _cast_to_python_objects(original):
     @functools.wraps(original)
     def cast(obj, only_1d_for_numpy, optimize_list_casting):
         if is_image(obj):
             return encode_nibabel_image(obj, force_bytes=True), True
+        if optimize_list_casting and isinstance(obj, (list, tuple)) and any(_holds_images(row) for row in obj):
+            # the original looks at the first row alone, and that may have no image
+            obj = [cast(row, only_1d_for_numpy, optimize_list_casting)[0] if _holds_images(row) else row for row in obj]
         return original(obj, only_1d_for_numpy=only_1d_for_numpy, optimize_list_casting=optimize_list_casting)
 
     return cast
@@ -836,6 +827,19 @@ def _add_column(original):
         return original(self, name, column, feature=feature, **kwargs)
 
     return add_column
+
+
+def _check_if_features_can_be_aligned(original):
+    @functools.wraps(original)
+    def check(features_list):
+        # whether a value is decoded when it is read says nothing about how it is stored
+        original([_visit(features, _decoding) for features in features_list])
+
+    return check
+
+
+def _decoding(feature: Any) -> Any:
+    return dataclasses.replace(feature, decode=True) if getattr(feature, "decode", True) is False else feature
 
 
 # Probes
@@ -925,6 +929,13 @@ def _cannot_add_columns() -> bool:
     return not isinstance(ds.features["image"], Nifti)
 
 
+def _refuses_other_decode() -> bool:
+    from datasets.features.features import _check_if_features_can_be_aligned as check
+
+    check([Features({"image": Nifti()}), Features({"image": Nifti(decode=False)})])
+    return False
+
+
 _LOSSY = "images are re-encoded or lost, and what loads from a path does not load from bytes"
 _UNTYPED = "new image columns lose the Nifti type, and unmodified images become their bytes"
 _NO_ARRAYS = "formats that give arrays fail on images"
@@ -984,6 +995,12 @@ PATCHES = (
         _polars_decode_column,
         _passes_a_dict_to_polars,
         "the polars format cannot hold decoded columns",
+    ),
+    Patch(
+        "datasets.features.features:_check_if_features_can_be_aligned",
+        _check_if_features_can_be_aligned,
+        _refuses_other_decode,
+        "datasets that differ in `decode` alone cannot be concatenated",
     ),
     Patch("datasets:Dataset.add_item", _add_item, _cannot_add_items, "items with images cannot be added"),
     Patch("datasets:Dataset.add_column", _add_column, _cannot_add_columns, "columns of images cannot be added"),

@@ -488,7 +488,7 @@ NO_IMAGES = {
     "XML": b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
     "empty": b"",
     "dcm2niix": b"\0" * 128 + b"DICM" + b"\0" * 600,
-    "first bytes": b"something else",
+    "starts with b'something": b"something else",
     "hdr/.img": nib.nifti1.Nifti1PairHeader().binaryblock,
 }
 
@@ -596,6 +596,29 @@ def columns_of_images_can_be_added():
         assert more.features["image"] == Nifti()
         assert all(np.array_equal(values(i), values(image)) for i in more["image"])
     assert ds.add_column("image", [image, None]).features["image"] == Nifti()
+
+
+@defect(28)
+def datasets_that_differ_in_decode_can_be_concatenated():
+    one = Dataset.from_dict({"image": [stored(make_image())], "id": [0]}, features=FEATURES)
+    two = one.cast_column("image", Nifti(decode=False))
+    assert datasets.concatenate_datasets([one, two])[1]["image"].shape == (4, 5, 6)
+    assert datasets.concatenate_datasets([two, one])[1]["image"]["bytes"] == one.with_format("arrow")[0]["image"][0].as_py()["bytes"]
+    assert (one.features["image"].decode, two.features["image"].decode) == (True, False)
+    streamed = datasets.concatenate_datasets([one.to_iterable_dataset(), two.to_iterable_dataset()])
+    assert len(list(streamed)) == 2
+    with pytest.raises(ValueError):
+        datasets.concatenate_datasets([one, Dataset.from_dict({"image": [1]})])
+
+
+@defect(28)
+def streams_may_begin_without_an_image():
+    image = make_image()
+    rows = [{"image": None, "id": 0}, {"image": image, "id": 1}]
+    streamed = IterableDataset.from_generator(lambda: iter(rows), features=FEATURES)
+    streamed.to_parquet("out.parquet")
+    assert pq.read_table("out.parquet")["image"].to_pylist()[0] is None
+    assert pq.read_table("out.parquet")["image"].to_pylist()[1]["bytes"] == image.to_bytes()
 
 
 @defect(28)
