@@ -49,6 +49,7 @@ def push(tree: str, repo_id: str, log: str | None = None, processes: int | None 
     """`push_dataset_to_hub` with a commit on the working branch every three shards and short waits."""
     upload.COMMIT_SHARDS = options.pop("commit_shards", 3)
     upload.PATIENCE = options.pop("patience", 30.0)
+    upload.TIMEOUT = options.pop("timeout", upload.TIMEOUT)
     upload.FIRST_WAIT = 0.05
     options.setdefault("num_shards", 8)
     options.setdefault("card", DatasetCard("---\n{}\n---\n\n# Phantoms\n"))  # the same in every repository

@@ -603,7 +603,10 @@ def datasets_that_differ_in_decode_can_be_concatenated():
     one = Dataset.from_dict({"image": [stored(make_image())], "id": [0]}, features=FEATURES)
     two = one.cast_column("image", Nifti(decode=False))
     assert datasets.concatenate_datasets([one, two])[1]["image"].shape == (4, 5, 6)
-    assert datasets.concatenate_datasets([two, one])[1]["image"]["bytes"] == one.with_format("arrow")[0]["image"][0].as_py()["bytes"]
+    assert (
+        datasets.concatenate_datasets([two, one])[1]["image"]["bytes"]
+        == one.with_format("arrow")[0]["image"][0].as_py()["bytes"]
+    )
     assert (one.features["image"].decode, two.features["image"].decode) == (True, False)
     streamed = datasets.concatenate_datasets([one.to_iterable_dataset(), two.to_iterable_dataset()])
     assert len(list(streamed)) == 2

@@ -6,6 +6,7 @@ The numbers that the project promises (50 killed pushes, 200 schedules of faults
 import hashlib
 import json
 import random
+import re
 import shutil
 import signal
 import time
@@ -235,14 +236,39 @@ def test_dask_makes_the_same_repository(hub, client, tree):
         f"""
 if __name__ == "__script__":
     import hub_scripts
-    from datasets_bids.upload import dask_executor, push_dataset_to_hub
+    from datasets_bids.upload import dask_executor
     from distributed import LocalCluster
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         with dask_executor(cluster.scheduler_address) as executor:
-            push_dataset_to_hub(hub_scripts.dataset({str(tree)!r}), "org/cluster", num_shards=8, executor=executor)
+            hub_scripts.push({str(tree)!r}, "org/cluster", executor=executor)
 """
     )
     assert hub.tree("alice/cluster") == hub.tree("org/cluster")
+
+
+def test_a_killed_dask_worker_is_no_loss(hub, client, stock, tree):
+    pytest.importorskip("distributed")
+    hub.set_faults(Fault("lfs_upload", kind="slow", seconds=0.7, count=8))
+    client.run(
+        f"""
+if __name__ == "__script__":
+    import hub_scripts, os, signal, threading, time
+    from datasets_bids.upload import dask_executor, push_dataset_to_hub
+    from distributed import LocalCluster
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        pid = cluster.workers[0].pid
+        threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
+        with dask_executor(cluster.scheduler_address) as executor:
+            push_dataset_to_hub(hub_scripts.dataset({str(tree)!r}), "alice/dask-killed", num_shards=8, executor=executor)
+        assert pid != cluster.workers[0].pid
+"""
+    )
+    assert read(stock, "alice/dask-killed") == truth(tree)
+
+
+def test_there_is_no_cluster(client, tree):
+    status, text = command(client, "alice/nowhere", tree, "--dask", "tcp://127.0.0.1:9")
+    assert status == 1 and "no Dask scheduler at tcp://127.0.0.1:9" in text.splitlines()[-1]
 
 
 def test_a_killed_worker_is_replaced(hub, client, stock, tree):
@@ -256,6 +282,19 @@ def test_a_killed_worker_is_replaced(hub, client, stock, tree):
     workers[0].kill()
     run.result()
     assert read(stock, "alice/killed-worker") == truth(tree)
+
+
+def test_the_method_of_a_bids_dataset(hub, client, stock, tree):
+    client.run(
+        f"""
+from datasets_bids import BidsDataset
+schema = {{"t1w": {{"path": "{{subject}}/t1w.nii", "optional": True}}}}
+ds = BidsDataset.from_bids({str(tree)!r}, schema)
+ds.push_to_hub("alice/method", num_shards=2, private=True)
+assert ds.info.splits["train"].num_examples == {ROWS - 1} and ds.info.download_size > ds.info.dataset_size > 0
+"""
+    )
+    assert len([path for path in hub.tree("alice/method") if path.startswith("data/")]) == 2
 
 
 def test_paths_alone(hub, client, tree, stock):
@@ -410,6 +449,22 @@ def test_uploads_that_the_hub_dropped_are_made_again(hub, client, stock, tree):
     assert read(stock, "alice/dropped") == truth(tree)
 
 
+def test_interrupted_from_the_keyboard(hub, client, tree):
+    hub.set_faults(Fault("lfs_upload", kind="slow", skip=3, count=99, seconds=3))
+    code = "from datasets_bids import push\nimport os, sys\n"
+    schema = client.folder / "t1w.yaml"
+    schema.write_text("schema:\n  t1w: {path: '{subject}/t1w.nii', optional: true}\n")
+    args = ["bids", "--data-dir", str(tree), "--schema", str(schema), "--repo-id", "alice/ctrl-c", "--num-shards", "8"]
+    run = client.start(code + f"status = push.main({args!r}); sys.stderr.flush(); os._exit(status)")
+    wait_for(hub, "lfs_upload", run, 4)
+    start = time.monotonic()
+    run.kill_group(signal.SIGINT)
+    assert run.wait() == 130 and "goes on where it stopped" in run.text and "Traceback" not in run.text
+    assert time.monotonic() - start < 2.5
+    hub.set_faults()
+    client.run(code + f"assert push.main({args!r}) == 0")
+
+
 def test_two_pushes_at_once(hub, client, tree):
     with Client(hub.env(), client.folder / "second", imports="hub_scripts") as other:
         other.run("")  # has imported all it needs
@@ -460,6 +515,25 @@ def test_faults_are_outlived(hub, client, tree, fault):
     assert_atomic(hub, repo_id, hub.tree(repo_id))
     assert set(uploads(hub).values()) == {1}
     assert hub.refs(repo_id).keys() == {"refs/heads/main"}
+
+
+def test_a_connection_that_went_dead_is_given_up(hub, client, tree):
+    hub.set_faults(
+        *(Fault(route, kind="slow", seconds=30) for route in ("whoami", "lfs_upload", "commit", "paths_info"))
+    )
+    start = time.monotonic()
+    client.run(script(tree, "alice/dead", timeout=0.5))
+    assert time.monotonic() - start < 20
+    assert sorted(hub.tree("alice/dead")) == [".gitattributes", "README.md", *SHARDS]
+
+
+def test_a_full_disk_is_said_first(hub, client, tree):
+    run = client.start(
+        "from datasets_bids import upload\nfrom types import SimpleNamespace\n"
+        "upload.shutil.disk_usage = lambda path: SimpleNamespace(free=1000)\n" + script(tree, "alice/full")
+    )
+    assert run.wait() == 1 and "1.0 kB are free" in run.text
+    assert not hub.log("preupload")
 
 
 def test_a_lost_answer_opens_no_second_pull_request(hub, client, tree):
@@ -657,8 +731,9 @@ def test_the_command(hub, client, stock, tree):
     status, text = command(client, "alice/command", tree, "--max-shard-size", "30KB", "--num-proc", "2")
     assert status == 0, text
     lines = text.splitlines()
-    assert lines[0] == f"Found {ROWS} subjects" and "Done and verified: " in text
+    assert f"Found {ROWS} subjects" in lines and "Done and verified: " in text
     assert lines[-1] == "Load it with load_dataset('alice/command')"
+    assert re.search(r"^embedded (\S+ kB) and uploaded \1 of \1, (\d+) of \2 shards$", text, re.MULTILINE)
     found = stock.run(
         "import datasets, hashlib\nds = datasets.load_dataset('alice/command', split='train').cast_column('t1w', datasets.Nifti(decode=False))\n"
         "result = {r['subject_id']: r['t1w'] and hashlib.sha256(r['t1w']['bytes']).hexdigest() for r in ds}"
