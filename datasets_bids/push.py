@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def push_to_hub(plan: PushPlan, options: argparse.Namespace, builder: datasets.D
         builder_card(builder),
         options={"num_shards": options.num_shards, "max_shard_size": options.max_shard_size},
         private=options.private,
-        private_because=getattr(builder, "PRIVATE_BECAUSE", None),
+        private_because=builder.PRIVATE_BECAUSE,
     )
     repo_id = push.target.repo_id
     if options.abort:
@@ -152,4 +153,8 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Uploads that are in the middle after an error or Ctrl-C are not waited for: a push can be killed anywhere.
+    os._exit(status)
