@@ -336,6 +336,25 @@ class Workers:
             self.executor.shutdown(wait=not failed, cancel_futures=True)
 
 
+def _result(future: concurrent.futures.Future, task: ShardTask) -> Record:
+    """What the task returned; what became of its worker in the words of this module."""
+    try:
+        return future.result()
+    except concurrent.futures.CancelledError:
+        raise PushError("the executor dropped its tasks; start the same command again to go on") from None
+    except Exception as error:
+        if type(error).__name__ == "KilledWorker":  # distributed's, after several workers died of the task
+            raise _deadly(task, task.shard.nbytes) from None
+        raise
+
+
+def _deadly(task: ShardTask, nbytes: int) -> PushError:
+    return PushError(
+        f"workers died again and again while {task.path} ({size(nbytes)}) was in work; they may have run out of memory: give "
+        "them more, or use fewer at a time"
+    )
+
+
 def _die_with_parent() -> None:
     """In a worker process: a killed push must not leave workers that go on uploading."""
 
@@ -359,7 +378,7 @@ def dask_executor(address: str) -> Iterator[concurrent.futures.Executor]:
     except ImportError:
         raise ImportError("--dask needs distributed: pip install 'datasets-bids[dask]'") from None
     try:
-        client = Client(address, timeout=30)
+        client = Client(address, timeout=30, set_as_default=False)
     except (OSError, ValueError) as error:
         raise PushError(f"there is no Dask scheduler at {address}: {_one_line(str(error))}") from None
     with client:
@@ -685,13 +704,19 @@ class HubPush:
         marker = self.work_dir / "creates-repository"
         if not self.check_access():
             marker.touch()  # before, so that --abort knows even if we are killed in between
-            patiently(
-                lambda: self.api.create_repo(
-                    self.target.repo_id, repo_type="dataset", private=self.private, exist_ok=True
-                ),
-                f"creating {self.target.repo_id}",
-            )
+            patiently(self._create_repository, f"creating {self.target.repo_id}")
         self.created_repo = marker.exists()
+
+    def _create_repository(self) -> None:
+        try:
+            self.api.create_repo(self.target.repo_id, repo_type="dataset", private=self.private)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            try:
+                self._repo_info()  # the answer to the request that created it was lost
+            except RepositoryNotFoundError:
+                raise error from None
 
     def _open_branch(self, state: dict | None) -> None:
         if state is None:
@@ -749,16 +774,16 @@ class HubPush:
                 broken = True
             finished, _ = concurrent.futures.wait(in_flight, TICK, concurrent.futures.FIRST_COMPLETED)
             for future in finished:
-                if isinstance(future.exception(), concurrent.futures.BrokenExecutor):
+                try:
+                    record = _result(future, in_flight[future])
+                except concurrent.futures.BrokenExecutor:
                     broken = True
                     continue
-                task = in_flight.pop(future)
-                try:
-                    record = future.result()
-                except BaseException:
+                except Exception:
                     for other in in_flight:
                         other.cancel()
                     raise
+                task = in_flight.pop(future)
                 if not task.record.exists():  # a worker on another machine
                     _write_json(task.record, asdict(record))
                 self.records[task.path] = record
@@ -768,10 +793,7 @@ class HubPush:
                 for task in in_flight.values():
                     deaths[task.path] += 1
                     if deaths[task.path] >= MAX_DEATHS:
-                        raise PushError(
-                            f"the worker that embeds {task.path} ({size(nbytes[task.path])}) died {MAX_DEATHS} times; it may have "
-                            "run out of memory: give it more, or smaller shards"
-                        )
+                        raise _deadly(task, nbytes[task.path])
                 logger.warning(f"a worker died; {len(in_flight)} shards are done again")
                 queue.extendleft(task.path for task in reversed(in_flight.values()))
                 in_flight.clear()

@@ -34,7 +34,7 @@ from fsspec.core import url_to_fs
 
 from . import privacy
 from .index import Index
-from .nifti import StoredFile, _load_stored, _needed_nbytes
+from .nifti import StoredFile, _load_stored
 from .privacy import Finding
 from .schema import Pattern, SchemaError, did_you_mean
 from .tables import read_table
@@ -463,7 +463,7 @@ def inspect_image(path: str, name: str, deep: bool = False) -> ImageFacts:
         image = _load_stored(file)
         header, shape = image.header, tuple(image.shape)
         affine = getattr(image, "affine", None)
-        needed = _needed_nbytes(image)
+        needed = file.expected_nbytes
     except FileNotFoundError:
         facts.missing.append(
             Finding(name, "is a link to content that is not here: run `datalad get` or `git annex get`")
