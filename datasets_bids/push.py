@@ -5,6 +5,7 @@ import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import yaml
@@ -64,33 +65,27 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-<<<<<<< HEAD
-def read_schema(path: str | None) -> dict:
-    """The fields of `BidsConfig` in a YAML file."""
-=======
-def build(options: argparse.Namespace) -> datasets.DatasetBuilder:
-    """The builder with its rows of paths prepared."""
+def load_builder(options: argparse.Namespace, **kwargs: Any) -> datasets.DatasetBuilder:
+    """The builder that the options name; without a `data_dir`, what it declares."""
     if options.builder != "bids" and loading.find_script(options.builder) is None:
         raise ValueError(
             f"{options.builder}: is no builder directory (NAME/ with a NAME.py that declares a BidsBuilder), nor the name bids"
         )
->>>>>>> main
     config = {}
-    if path:
-        with open(path, encoding="utf-8") as file:
+    if options.schema:
+        with open(options.schema, encoding="utf-8") as file:
             try:
                 config = yaml.safe_load(file)
             except yaml.YAMLError as e:
-                raise ValueError(f"{path}: is no YAML ({e})") from e
+                raise ValueError(f"{options.schema}: is no YAML ({e})") from e
         if not isinstance(config, dict):
-            raise ValueError(f"{path}: expected the keys schema, row, metadata_from and splits")
-    return config
+            raise ValueError(f"{options.schema}: expected the keys schema, row, metadata_from and splits")
+    return datasets.load_dataset_builder(options.builder, options.config, **config, **kwargs)
 
 
 def build(options: argparse.Namespace) -> datasets.DatasetBuilder:
     """The builder with its rows of paths prepared."""
-    config = read_schema(options.schema)
-    builder = datasets.load_dataset_builder(options.builder, options.config, data_dir=options.data_dir, **config)
+    builder = load_builder(options, data_dir=options.data_dir)
     builder.download_and_prepare()
     return builder
 

@@ -7,11 +7,8 @@ import logging
 import sys
 from collections.abc import Iterator
 
-import datasets
-
-from .bids import BidsConfig
 from .index import index_tree
-from .push import read_schema
+from .push import load_builder
 from .schema import SchemaError
 from .validation import Build, ValidationResult, parse_expected, validate_repository, validate_tree
 
@@ -45,11 +42,6 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def declared(options: argparse.Namespace) -> BidsConfig:
-    """The builder's config, without a tree."""
-    return datasets.load_dataset_builder(options.builder, options.config, **read_schema(options.schema)).config
-
-
 @contextlib.contextmanager
 def collected_warnings() -> Iterator[list[str]]:
     """What the builder warns of, for the table instead of the screen."""
@@ -70,15 +62,13 @@ def check_tree(options: argparse.Namespace) -> ValidationResult:
     index = index_tree(options.data_dir)
     config, error = None, None
     try:
-        config = declared(options)
+        config = load_builder(options).config
     except SchemaError as e:  # the name bids without a schema has nothing to declare, but its tree can be checked
         error = str(e)
     expected = parse_expected(config.expected if config is not None else None)
     with collected_warnings() as warnings:
         try:
-            builder = datasets.load_dataset_builder(
-                options.builder, options.config, data_dir=options.data_dir, **read_schema(options.schema)
-            )
+            builder = load_builder(options, data_dir=options.data_dir)
             build = Build(expected, builder.info.features, builder._rows, warnings=tuple(warnings))
         except (ValueError, OSError) as e:
             build = Build(expected, error=error or str(e), warnings=tuple(warnings))
@@ -86,7 +76,7 @@ def check_tree(options: argparse.Namespace) -> ValidationResult:
 
 
 def check_repository(options: argparse.Namespace) -> ValidationResult:
-    config = declared(options)
+    config = load_builder(options).config
     expected = parse_expected(config.expected)
     return validate_repository(options.repo_id or options.output_dir, config.name, expected, config.schema or ())
 
@@ -97,7 +87,7 @@ def main(args: list[str] | None = None) -> int:
         result = check_tree(options) if options.data_dir else check_repository(options)
     except (ValueError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2
+        return 1
     print(json.dumps(result.to_dict(), indent=1) if options.json else result.summary())
     return 0 if result.all_passed else 1
 
