@@ -211,7 +211,8 @@ def atlas2_tree(root: Path, table: str = ".xlsx") -> Path:
             workbook.active.append(line)
         workbook.save(path)
     else:
-        write_text(path, "\n".join(",".join(str(cell or 0) for cell in line) for line in [header, *lines]) + "\n")
+        cells = [["n/a" if cell is None else str(cell) for cell in line] for line in [header, *lines]]
+        write_text(path, "\n".join(map(",".join, cells)) + "\n")
     write_text(root / "20211112_ATLAS_2.0_SupplementaryInfo.csv", "Cohort,Scanner\nR001,Siemens Trio\n")
     return root
 
