@@ -24,75 +24,38 @@ MAX_AGE = 89
 LAST_SHIFTED_YEAR = 1925
 
 # DICOM keywords, as converters write them into sidecars, that identify whatever their value is.
-_IDENTITY = {
-    *("PatientName", "PatientID", "PatientBirthDate", "PatientBirthTime", "PatientBirthName", "PatientAddress"),
-    *("PatientTelephoneNumbers", "PatientMotherBirthName", "PatientInsurancePlanCodeSequence", "OtherPatientIDs"),
-    *(
-        "OtherPatientNames",
-        "IssuerOfPatientID",
-        "MedicalRecordLocator",
-        "AccessionNumber",
-        "AdmissionID",
-        "MilitaryRank",
-    ),
-    *("ReferringPhysicianName", "PerformingPhysicianName", "RequestingPhysician", "PhysiciansOfRecord"),
-    *("NameOfPhysiciansReadingStudy", "OperatorsName", "InstitutionAddress", "StationName", "DeviceSerialNumber"),
-    *("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID", "PatientComments"),
-}
-# DICOM keywords of dates: they identify unless they were shifted.
-_DATES = {
-    *("AcquisitionDateTime", "AcquisitionDate", "StudyDate", "SeriesDate", "ContentDate", "InstanceCreationDate"),
-    *("StudyDateTime", "SeriesDateTime", "PerformedProcedureStepStartDate", "ScheduledProcedureStepStartDate"),
-    *("PerformedProcedureStepStartDateTime", "ScanDate", "InjectionDate", "DateOfScan"),
-}
+_IDENTITY = set(
+    """
+    PatientName PatientID PatientBirthDate PatientBirthTime PatientBirthName PatientAddress PatientTelephoneNumbers
+    PatientMotherBirthName PatientComments OtherPatientIDs OtherPatientNames IssuerOfPatientID MedicalRecordLocator
+    AccessionNumber AdmissionID MilitaryRank ReferringPhysicianName PerformingPhysicianName RequestingPhysician
+    PhysiciansOfRecord NameOfPhysiciansReadingStudy OperatorsName InstitutionAddress StationName DeviceSerialNumber
+    StudyInstanceUID SeriesInstanceUID SOPInstanceUID FrameOfReferenceUID
+    """.split()
+)
+# Those of dates, which identify unless they were shifted.
+_DATES = set(
+    """
+    AcquisitionDateTime AcquisitionDate StudyDate SeriesDate ContentDate InstanceCreationDate StudyDateTime SeriesDateTime
+    PerformedProcedureStepStartDate PerformedProcedureStepStartDateTime ScheduledProcedureStepStartDate ScanDate DateOfScan
+    InjectionDate
+    """.split()
+)
 _TIMES = {"AcquisitionTime", "StudyTime", "SeriesTime", "ContentTime", "InstanceCreationTime"}
 _INSTITUTION = {"InstitutionName", "InstitutionalDepartmentName"}
 
-# Headers of table columns, without case and punctuation.
-_IDENTITY_COLUMNS = {
-    *(
-        "name",
-        "firstname",
-        "lastname",
-        "surname",
-        "fullname",
-        "patientname",
-        "participantname",
-        "initials",
-        "birthdate",
-    ),
-    *(
-        "dateofbirth",
-        "birthday",
-        "dob",
-        "zip",
-        "zipcode",
-        "postalcode",
-        "postcode",
-        "address",
-        "street",
-        "email",
-        "phone",
-    ),
-    *("telephone", "ssn", "socialsecuritynumber", "mrn", "medicalrecordnumber", "patientid", "accessionnumber"),
-}
+# Headers of table columns, in small letters and nothing else.
+_IDENTITY_COLUMNS = set(
+    """
+    name firstname lastname surname fullname patientname participantname initials birthdate dateofbirth birthday dob
+    zip zipcode postalcode postcode address street email phone telephone ssn socialsecuritynumber mrn medicalrecordnumber
+    patientid accessionnumber
+    """.split()
+)
 
-# What a value says that was removed, without case.
-_REMOVED = {
-    "",
-    "n/a",
-    "na",
-    "none",
-    "null",
-    "nan",
-    "anonymous",
-    "anonymized",
-    "anonymised",
-    "anon",
-    "removed",
-    "redacted",
-}
-_REMOVED |= {"deidentified", "de-identified", "unknown", "0", "x", "xxx", "xxxx"}
+# What a value says that was removed, in small letters.
+_REMOVED = {"", "0", *"n/a na none null nan anonymous anonymized anonymised anon removed redacted".split()}
+_REMOVED |= {*"deidentified de-identified unknown x xxx xxxx".split()}
 
 # 2019-03-04, 2019/3/4, 20190304, 20190304101500 (DICOM) or 4.3.2019, but no part of a version (v1.0.20190902) or of an identifier.
 _DATE = re.compile(

@@ -838,25 +838,12 @@ def _group_lengths(parquet: pq.ParquetFile, group: int, column: int, leaf: str) 
 # -- before a public push ------------------------------------------------------------------------------------------------
 
 # Suffixes of images that may show a face, in small letters: BIDS' anatomical ones, and CT.
-_ANATOMICAL = {
-    *("t1w", "t2w", "pdw", "pdt2", "pdt2w", "inplanet1", "inplanet2", "flair", "t2star", "t2starw", "fgatir", "angio"),
-    *(
-        "unit1",
-        "t1map",
-        "t2map",
-        "t2starmap",
-        "r1map",
-        "r2map",
-        "pdmap",
-        "mp2rage",
-        "mpm",
-        "mtw",
-        "mts",
-        "vfa",
-        "irt1",
-    ),
-    *("megre", "mese", "qsm", "chimap", "t1rho", "ct", "ncct", "cta", "mra", "mprage", "spgr", "anat"),
-}
+_ANATOMICAL = set(
+    """
+    t1w t2w pdw pdt2 pdt2w inplanet1 inplanet2 flair t2star t2starw fgatir angio unit1 t1map t2map t2starmap r1map r2map
+    pdmap mp2rage mpm mtw mts vfa irt1 megre mese qsm chimap t1rho ct ncct cta mra mprage spgr anat
+    """.split()
+)
 _MASKS = ("mask", "msk", "dseg", "probseg", "seg", "roi")
 
 
