@@ -262,18 +262,7 @@ def in_header(header: Any, path: str) -> Iterator[Finding]:
         elif field == "db_name" and text and not text.startswith("?TR:"):
             yield Finding(path, f"holds {_short(text)}: see that it is no name", f"header field {field}", "warning")
     for extension in header.extensions:
-        yield from _in_extension(int(extension.get_code()), _raw(extension), path)
-
-
-def _raw(extension: Any) -> bytes:
-    # nibabel parses some kinds, DICOM with pydicom; every kind can write itself back.
-    text = getattr(extension, "text", None)
-    content = text if isinstance(text, str) else extension.get_content()
-    if isinstance(content, str):
-        return content.encode()
-    if isinstance(content, bytes):
-        return content
-    return extension._mangle(content)
+        yield from _in_extension(int(extension.get_code()), extension.content, path)
 
 
 def _in_extension(code: int, content: bytes, path: str) -> Iterator[Finding]:

@@ -83,6 +83,8 @@ def check_repository(options: argparse.Namespace) -> ValidationResult:
 
 def main(args: list[str] | None = None) -> int:
     options = parse_args(args)
+    # It tells what it mends in a header, but not in which.
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
     try:
         result = check_tree(options) if options.data_dir else check_repository(options)
     except (ValueError, OSError) as e:

@@ -10,6 +10,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from datasets_bids import privacy, validate
 from datasets_bids.index import index_tree
@@ -571,6 +573,52 @@ def test_every_format_that_is_stored_is_read(tmp_path, ending, kind):
     nib.save(kind(np.zeros((3, 4, 5, 2), "i2"), np.diag([2, 2, 2, 1])), path)
     facts = inspect_image(path, f"a{ending}", deep=True)
     assert facts.shape == (3, 4, 5, 2) and not facts.damage and not facts.identity
+
+
+def extended() -> bytes:
+    image = nib.Nifti1Image(np.zeros((2, 2, 2), "u1"), np.eye(4))
+    for code, content in ((2, DICOM), (6, b"a comment"), (0, b'{"PatientName": "Doe"}')):
+        image.header.extensions.append(nib.nifti1.Nifti1Extension(code, content))
+    return image.to_bytes()
+
+
+@given(
+    changes=st.lists(st.tuples(st.integers(0, 700), st.binary(min_size=1, max_size=8)), max_size=6),
+    length=st.integers(0, 700),
+    compressed=st.booleans(),
+    garbage=st.binary(max_size=40),
+)
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_content_of_an_image_is_a_crash(tmp_path, changes, length, compressed, garbage):
+    """Headers, extensions and streams with arbitrary bytes in them, cut anywhere: findings, in one line each, or none."""
+    data = bytearray(extended())
+    for at, content in changes:
+        data[at : at + len(content)] = content
+    data = bytes(data[: length + 300])
+    data = gzip.compress(data)[: 40 + length] + garbage if compressed else data
+    path = tmp_path / ("a.nii.gz" if compressed else "a.nii")
+    path.write_bytes(data)
+    facts = inspect_image(str(path), path.name, deep=True)
+    for finding in [*facts.damage, *facts.missing, *facts.identity, *facts.gzip]:
+        assert finding.path == path.name and "\n" not in str(finding) and str(tmp_path) not in str(finding)
+
+
+@given(
+    st.recursive(
+        st.none() | st.text() | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    )
+)
+def test_no_sidecar_is_a_crash(value):
+    assert all(finding.field for finding in privacy.in_json(value, "a.json"))
+
+
+@given(
+    st.dictionaries(
+        st.text(), st.lists(st.none() | st.text() | st.floats() | st.booleans() | st.datetimes(), max_size=3)
+    )
+)
+def test_no_table_is_a_crash(columns):
+    list(privacy.in_table(columns, "a.tsv"))
 
 
 def test_gradients_at_the_root_hold_for_all(tmp_path):
