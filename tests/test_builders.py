@@ -342,14 +342,16 @@ def test_the_guide_works_as_it_stands(tmp_path):
     guide = (BUILDERS / "README.md").read_text().split("## Rules")[0]
     said = []
     for caption, language, block in re.findall(r"([^\n]*)\n+```(\w+)\n(.*?)```\n", guide, re.DOTALL):
-        target = re.fullmatch(r"`([\w/.]+)`(?:, after `(.+)`)?:", caption)
+        target = re.fullmatch(r"`([\w/.]+)`:", caption)
         if target is not None:
             path = tmp_path / target[1]
             path.parent.mkdir(exist_ok=True)
-            if target[2]:
-                before, after, rest = path.read_text().partition(target[2] + "\n")
-                assert after
-                block = before + after + block + rest
+            if language == "diff":
+                old, new = (
+                    "".join(line[1:] for line in block.splitlines(True) if line[0] in signs) for signs in (" ", " +")
+                )
+                assert path.read_text().count(old) == 1
+                block = path.read_text().replace(old, new)
             path.write_text(block)
             continue
         commands = re.sub(r"^git clone .*\n", "", block) if language == "bash" else block

@@ -110,7 +110,17 @@ def command(client: Client, repo_id: str, tree: Path, *options: str, check: bool
         "schema:\n  t1w: {path: '{subject}/t1w.nii', optional: true}\n"
         "  bold: {path: '{subject}/bold-*.nii', many: true, optional: true}\n"
     )
-    args = ["bids", "--data-dir", str(tree), "--schema", str(schema), "--repo-id", repo_id, "--affirm-defaced", *options]
+    args = [
+        "bids",
+        "--data-dir",
+        str(tree),
+        "--schema",
+        str(schema),
+        "--repo-id",
+        repo_id,
+        "--affirm-defaced",
+        *options,
+    ]
     code = "from datasets_bids import push, upload; upload.FIRST_WAIT = 0.05; upload.PATIENCE = 5.0\n"
     run = client.start(code + f"import sys; sys.exit(push.main({args!r}))")
     status = run.wait()
