@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from .index import index_tree
 from .push import load_builder
 from .schema import SchemaError
-from .validation import Build, ValidationResult, parse_expected, validate_repository, validate_tree
+from .validation import Built, ValidationResult, parse_expected, validate_repository, validate_tree
 
 
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:
@@ -35,6 +35,8 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(args)
     if sum(map(bool, (options.data_dir, options.repo_id, options.output_dir))) != 1:
         parser.error("say what to check: --data-dir DIR, --repo-id ORG/NAME or --output-dir DIR")
+    if options.data_dir and "://" in options.data_dir:
+        parser.error("--data-dir is a local directory: check a copy of the tree, or what was pushed with --repo-id")
     if not options.data_dir:
         for name in ("deep", "archive", "bids"):
             if getattr(options, name):
@@ -69,9 +71,9 @@ def check_tree(options: argparse.Namespace) -> ValidationResult:
     with collected_warnings() as warnings:
         try:
             builder = load_builder(options, data_dir=options.data_dir)
-            build = Build(expected, builder.info.features, builder._rows, warnings=tuple(warnings))
+            build = Built(expected, builder.info.features, builder._rows, warnings=tuple(warnings))
         except (ValueError, OSError) as e:
-            build = Build(expected, error=error or str(e), warnings=tuple(warnings))
+            build = Built(expected, error=error or str(e), warnings=tuple(warnings))
     return validate_tree(index, build, deep=options.deep, archive=options.archive, bids=options.bids)
 
 

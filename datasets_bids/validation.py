@@ -30,6 +30,7 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 from datasets.utils import tqdm
+from datasets.utils.file_utils import xopen
 from fsspec.core import url_to_fs
 
 from . import privacy
@@ -37,6 +38,7 @@ from .index import Index
 from .nifti import StoredFile, _load_stored
 from .privacy import Finding
 from .schema import Pattern, SchemaError, did_you_mean
+from .shards import local_path
 from .tables import read_table
 
 
@@ -273,7 +275,7 @@ def check_counts(expected: Expected, splits: Mapping[str, Tally]) -> list[Valida
 
 def _labels(kind: str, split: str, tally: Tally) -> set:
     if kind == "subjects":
-        return set(tally.subjects)
+        return set(tally.subjects) - {None}
     if kind == "sessions":
         return {pair for pair in zip(tally.subjects, tally.sessions, strict=False) if pair[1] is not None}
     return {(split, row) for row in range(len(tally.subjects))}
@@ -304,7 +306,7 @@ def _check_column(title: str, pattern: str, count: Count, splits: Mapping[str, T
 
 
 @dataclass(frozen=True)
-class Build:
+class Built:
     """What a builder made of a tree.
 
     Attributes:
@@ -336,7 +338,7 @@ class ImageFacts:
 
 def validate_tree(
     index: Index,
-    build: Build | None = None,
+    build: Built | None = None,
     *,
     deep: bool = False,
     archive: str | os.PathLike | None = None,
@@ -346,7 +348,7 @@ def validate_tree(
 
     Args:
         index (`Index`): of the tree
-        build (`Build`, *optional*): what a builder makes of it; without one, what it holds is not compared with anything
+        build (`Built`, *optional*): what a builder makes of it; without one, what it holds is not compared with anything
         deep (`bool`): inflate every compressed file and compare its checksum
         archive (`str`, *optional*): the file that the tree was unpacked from, to compare its MD5
         bids (`bool`): ask the reference validator whether the tree is valid BIDS
@@ -428,7 +430,7 @@ def _check_archive(md5: str, archive: str | os.PathLike | None) -> ValidationChe
     return ValidationCheck("archive", f"MD5 {md5}", f"MD5 {found}", found == md5, findings)
 
 
-def _check_build(build: Build) -> ValidationCheck:
+def _check_build(build: Built) -> ValidationCheck:
     warnings = tuple(Finding("", warning, severity="warning") for warning in build.warnings)
     if build.error is not None:
         return ValidationCheck("build", "every row", "cannot be built", False, (Finding("", build.error), *warnings))
@@ -546,7 +548,7 @@ def _other_gzip(index: Index, deep: bool) -> tuple[list[Finding], list[Finding]]
 
 
 def _check_grid(
-    columns: tuple[str, ...], build: Build, facts: Mapping[str, ImageFacts], index: Index
+    columns: tuple[str, ...], build: Built, facts: Mapping[str, ImageFacts], index: Index
 ) -> ValidationCheck:
     name, findings, compared = f"grid of {', '.join(columns)}", [], 0
     unknown = [column for column in columns if build.features is not None and column not in build.features]
@@ -871,8 +873,8 @@ def refuse_exposure(
     if errors:
         more = f"\n  and {len(errors) - _NAMED} more" if len(errors) > _NAMED else ""
         raise ValueError(
-            f"{len(errors)} fields identify participants; remove them, push with --private, or say "
-            "--allow-identity-fields:\n  " + "\n  ".join(errors[:_NAMED]) + more
+            f"participants can be identified by {len(errors)} field{'s' * (len(errors) > 1)}; remove what identifies, push "
+            "with --private, or say --allow-identity-fields:\n  " + "\n  ".join(errors[:_NAMED]) + more
         )
 
 
@@ -918,11 +920,23 @@ def identity_in_rows(splits: Mapping[str, datasets.Dataset]) -> list[Finding]:
                         findings |= dict.fromkeys(privacy.in_json(value, where))
         findings |= dict.fromkeys(privacy.in_table(columns, split, first_row=0))
         for _, paths in _image_paths(dataset):
-            for facts in _in_parallel(
-                lambda path: inspect_image(path, path), dict.fromkeys(paths), "Headers"
-            ).values():
-                findings |= dict.fromkeys([*facts.identity, *facts.gzip])
+            for found in _in_parallel(_identity_in_image, dict.fromkeys(paths), "Headers").values():
+                findings |= dict.fromkeys(found)
     return list(findings)
+
+
+def _identity_in_image(path: str) -> list[Finding]:
+    local = local_path(path)
+    try:
+        if local is None:
+            with xopen(path, "rb") as remote:
+                file = StoredFile(remote.read(_BUFFER), path)
+        else:
+            file = StoredFile(local)
+        image = _load_stored(file)
+        return list(privacy.in_header(getattr(image, "nifti_header", image.header), path))
+    except Exception as e:  # whatever it is: what nobody can look into, nobody can answer for
+        return [Finding(path, f"cannot be looked into ({' '.join(str(e).split()) or type(e).__name__})")]
 
 
 def _image_paths(dataset: datasets.Dataset) -> Iterator[tuple[str, list[str]]]:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import nibabel as nib
 import numpy as np
 import pytest
@@ -80,7 +81,9 @@ def test_a_mistake_is_one_line(tmp_path, capsys, monkeypatch, options, words):
     )
 
 
-@pytest.mark.parametrize("options", [[], ["--data-dir", "a", "--repo-id", "b/c"], ["--repo-id", "b/c", "--deep"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--data-dir", "a", "--repo-id", "b/c"], ["--repo-id", "b/c", "--deep"], ["--data-dir", "s3://b"]]
+)
 def test_what_to_check_has_to_be_said(options):
     with pytest.raises(SystemExit) as error:
         validate.parse_args(["bids", *options])
@@ -259,7 +262,7 @@ def test_a_public_push_stops_on_identity_fields(hub, client, tmp_path):
     status, text = command(client, "push", *options)
     assert status == 1 and not hub.exists("alice/named"), text
     error = text[text.index("error: ") :]
-    assert "3 fields identify participants" in error and "--allow-identity-fields" in error
+    assert "participants can be identified by 3 fields;" in error and "--allow-identity-fields" in error
     assert f"{bold}, header field descrip: holds a date" in error
     assert "train, row 0, column 'dwi_json', source.PatientName: identifies" in error
     assert "train, column 'age': is above 89 years: write 89 (rows 0, 1)" in error and "Jane" not in text
@@ -295,6 +298,33 @@ def test_which_images_are_anatomical(tmp_path, column, path, anatomical):
     for feature, value in ((Nifti(), str(tmp_path / path)), (List(Nifti()), [str(tmp_path / path)])):
         dataset = Dataset.from_dict({column: [None, value]}, features=Features({column: feature}))
         assert anatomical_columns({"train": dataset}) == [column] * anatomical
+
+
+def test_what_cannot_be_looked_into_stops_a_public_push(tmp_path):
+    """Files by URL are looked into as well."""
+    from datasets import Dataset, Features, Nifti
+
+    from datasets_bids.validation import refuse_exposure
+
+    def rows(*paths):
+        return {"train": Dataset.from_dict({"bold": list(paths)}, features=Features({"bold": Nifti()}))}
+
+    for name, descrip in (("clean", b"spm"), ("dated", b"2019-03-04")):
+        image = nib.Nifti1Image(np.zeros((99, 99, 99), "u1"), np.eye(4))
+        image.header["descrip"] = descrip
+        for ending in (".nii", ".nii.gz"):
+            nib.save(image, tmp_path / f"{name}{ending}")
+            with fsspec.open(f"memory://identity/{name}{ending}", "wb") as file:
+                file.write((tmp_path / f"{name}{ending}").read_bytes())
+    (tmp_path / "noise.nii").write_bytes(b"noise" * 100)
+    for root in (f"{tmp_path}/", "memory://identity/"):
+        refuse_exposure(rows(None, f"{root}clean.nii", f"{root}clean.nii.gz"))
+        for name in ("dated.nii", "dated.nii.gz", "noise.nii"):
+            with pytest.raises(
+                ValueError, match=f"(?s)identified by 1 field;.*{name}.* (holds a date|cannot be looked into)"
+            ):
+                refuse_exposure(rows(f"{root}clean.nii", f"{root}{name}"))
+            refuse_exposure(rows(f"{root}{name}"), allow_identity_fields=True)
 
 
 def test_every_builder_declares_what_its_columns_hold():

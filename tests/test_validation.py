@@ -17,7 +17,7 @@ from datasets_bids import privacy, validate
 from datasets_bids.index import index_tree
 from datasets_bids.schema import SchemaError
 from datasets_bids.validation import (
-    Build,
+    Built,
     Finding,
     ValidationCheck,
     ValidationResult,
@@ -708,6 +708,6 @@ def test_without_the_reference_validator_it_is_said(tmp_path, monkeypatch):
 
 def test_a_build_that_failed_leaves_the_tree_to_be_checked(tmp_path):
     write_volumes(tmp_path, ["sub-1/anat/sub-1_T1w.nii.gz"])
-    result = validate_tree(index_tree(str(tmp_path)), Build(parse_expected({"subjects": 1}), error="no schema"))
+    result = validate_tree(index_tree(str(tmp_path)), Built(parse_expected({"subjects": 1}), error="no schema"))
     found = by_name(result)
     assert not found["build"].passed and found["image data"].passed and "subjects" not in found
