@@ -51,6 +51,8 @@ SHOWN = 5
 # Two grids are one if no corner is further away than this part of a voxel.
 GRID_TOLERANCE = 0.1
 
+_DANGLING = "is a link to content that is not here: run `datalad get` or `git annex get`"
+
 _NAMED = 20  # how many fields one refusal of a push names
 
 _BUFFER = 1 << 20  # bytes read at once where a file is read whole
@@ -467,9 +469,7 @@ def inspect_image(path: str, name: str, deep: bool = False) -> ImageFacts:
         affine = getattr(image, "affine", None)
         needed = file.expected_nbytes
     except FileNotFoundError:
-        facts.missing.append(
-            Finding(name, "is a link to content that is not here: run `datalad get` or `git annex get`")
-        )
+        facts.missing.append(Finding(name, _DANGLING))
         return facts
     except (ValueError, OSError, EOFError) as e:
         return damaged(_after_path(e, path))
@@ -521,6 +521,8 @@ def _inflate(path: str, needed: int = 0) -> int:
 
 def _after_path(error: Exception, path: str) -> str:
     """An error's message as it goes on after the path."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})"
     text = " ".join(str(error).split()).removeprefix(path).lstrip(": ")
     return text or type(error).__name__
 
@@ -560,12 +562,13 @@ def _check_grid(
             images = [row[column] for column in columns]
             paths = [path for value in images for path in (value if isinstance(value, list) else [value]) if path]
             paths = [os.path.relpath(path, index.root).replace(os.sep, "/") for path in paths]
-            readable = [path for path in paths if facts[path].shape is not None and facts[path].affine is not None]
-            for path in readable[1:]:
+            # What cannot be read is named already; surfaces and grayordinates (CIFTI-2) have no grid.
+            grids = [(path, facts[path]) for path in paths if path in facts and facts[path].affine is not None]
+            for path, fact in grids[1:]:
                 compared += 1
-                difference = _grid_difference(facts[readable[0]], facts[path])
+                difference = _grid_difference(grids[0][1], fact)
                 if difference:
-                    findings.append(Finding(path, f"is not on the grid of {readable[0]}: {difference}"))
+                    findings.append(Finding(path, f"is not on the grid of {grids[0][0]}: {difference}"))
     return _check(name, "the same in a row", f"{compared:,} pairs agree", findings)
 
 
@@ -597,8 +600,10 @@ def _sidecars(index: Index) -> tuple[list[Finding], list[Finding]]:
         except UnicodeDecodeError as e:
             return [Finding(path, f"is not UTF-8 ({e})")], []
         except FileNotFoundError:
-            return [Finding(path, "is a link to content that is not here: run `datalad get` or `git annex get`")], []
-        except (OSError, ValueError, RecursionError) as e:
+            return [Finding(path, _DANGLING)], []
+        except OSError as e:
+            return [Finding(path, _after_path(e, path))], []
+        except (ValueError, RecursionError) as e:
             return [Finding(path, f"is no JSON ({e})" if content else "is empty")], []
         # BIDS: a sidecar is one JSON object. Its name has entities or is a suffix; other JSON files are free.
         sidecar = "_" in path.rpartition("/")[2] or "/" not in path
@@ -640,7 +645,7 @@ def _tables(index: Index) -> tuple[list[Finding], list[Finding]]:
             else:
                 columns = _read_columns(absolute, "\t" if path.endswith(".tsv") else ",")
         except FileNotFoundError:
-            return [Finding(path, "is a link to content that is not here: run `datalad get` or `git annex get`")], []
+            return [Finding(path, _DANGLING)], []
         except UnicodeDecodeError as e:
             return [Finding(path, f"is not UTF-8 ({e})")], []
         except (OSError, ValueError, csv.Error) as e:
@@ -682,7 +687,7 @@ def _gradients(index: Index, facts: Mapping[str, ImageFacts]) -> list[Finding]:
     cache: dict[str, list[list[float]] | str] = {}
     for image, fact in facts.items():
         stem = image.rpartition("/")[2].partition(".")[0]
-        if fact.shape is None or not stem.endswith(("_dwi", "_dwi_dwi")) and not index.companions(image, ".bval"):
+        if fact.shape is None or not stem.endswith("_dwi") and not index.companions(image, ".bval"):
             continue
         volumes = fact.shape[3] if len(fact.shape) > 3 else 1
         files = {extension: next(iter(index.companions(image, extension)), None) for extension in (".bval", ".bvec")}

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -632,6 +633,17 @@ def test_gradients_at_the_root_hold_for_all(tmp_path):
         f"dwi.bval: has 3 values for the 2 volumes of {paths[1]}",
         f"dwi.bvec: has 3 values for the 2 volumes of {paths[1]}",
     ]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="takes a file that opens and cannot be read")
+def test_a_disk_error_is_named(small):
+    for path in (SIDECAR, SCANS, BVAL):
+        (small / "tree" / path).unlink()
+        (small / "tree" / path).symlink_to("/proc/self/mem")
+    found = by_name(check(small))
+    for name, path in (("sidecars", SIDECAR), ("tables", SCANS), ("gradients", BVAL)):
+        (finding,) = found[name].findings
+        assert finding.path == path and "Input/output error" in finding.problem
 
 
 def test_a_single_volume_needs_no_gradients(tmp_path):
