@@ -869,7 +869,7 @@ def make_big_tree(folder: Path, rows: int, nbytes: int) -> Path:
     block = rng.bytes(nbytes)
     for row in range(rows):
         (folder / f"sub-{row:03d}").mkdir(parents=True)
-        header = nib.Nifti1Image(np.zeros((1, 1, nbytes // 2), "int16"), np.eye(4)).header
+        header = nib.Nifti1Image(np.zeros((1000, 500, nbytes // 10**6), "int16"), np.eye(4)).header
         with open(folder / f"sub-{row:03d}" / "t1w.nii", "wb") as file:
             file.write(header.binaryblock + b"\0\0\0\0" + row.to_bytes(4, "little") + block[4:])
     return folder
