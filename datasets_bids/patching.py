@@ -195,7 +195,8 @@ def _understands(replacement: Any, original: Any) -> bool:
     ours = inspect.signature(replacement, follow_wrapped=False).parameters
     if any(p.kind is p.VAR_KEYWORD for p in ours.values()):
         return True
-    return list(theirs) == [name for name in ours if name in theirs]
+    named = [name for name, p in theirs.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return named == [name for name in ours if name in named]
 
 
 def _swap_copies(new_by_id: dict[int, Any]) -> None:

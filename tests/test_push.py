@@ -172,7 +172,7 @@ def test_dry_run_writes_nothing(tree, tmp_path):
     lines = pushed.stdout.splitlines()
     assert lines[0] == "Found 3 subjects"
     assert lines[-1] == "Dry run complete. Dataset built but not pushed."
-    assert "3 rows, 9 images, 600" in pushed.stdout and "Null: age in 1 rows" in pushed.stdout
+    assert "3 rows, 9 images, 600" in pushed.stdout and "Null: age 1 of 3 rows" in pushed.stdout
     assert not (tmp_path / "out").exists()
     assert push_to(tmp_path / "out", "bids", root, "--schema", schema, "--no-dry-run").returncode == 0
     assert (tmp_path / "out" / "README.md").exists()
@@ -212,6 +212,12 @@ def test_user_errors_are_one_line_and_a_status(tree, tmp_path, options, message)
     assert re.search(message, pushed.stderr), pushed.stderr
     assert "Traceback" not in pushed.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_builder_that_is_not_there_is_not_looked_for_on_the_hub(tree, tmp_path):
+    pushed = push_to(tmp_path / "out", "builders/nothing", tree[0])
+    assert pushed.returncode == 1
+    assert pushed.stderr.startswith("error: builders/nothing: is no builder directory")
 
 
 def test_where_to_is_asked_for(tree, tmp_path, capsys):
@@ -267,16 +273,15 @@ def test_a_source_that_changed_after_a_kill_is_embedded_anew(tree, tmp_path, mon
         str(tmp_path / "out"),
         "--num-shards=3",
     ]
-    real = push.push_to_directory.__globals__["update_card"]
 
-    def die(*args):
-        raise KeyboardInterrupt
+    def only_into_staging(source, target, replace=os.replace):
+        if _STAGING not in str(target):
+            raise KeyboardInterrupt
+        replace(source, target)
 
-    monkeypatch.setitem(push.push_to_directory.__globals__, "update_card", die)
-    monkeypatch.setattr("os.replace", lambda a, b, replace=os.replace: replace(a, b) if _STAGING in str(b) else die())
-    assert push.main(args) == 130
-    monkeypatch.undo()
-    assert push.push_to_directory.__globals__["update_card"] is real
+    with monkeypatch.context() as patched:
+        patched.setattr("os.replace", only_into_staging)
+        assert push.main(args) == 130
     staged = {path.name for path in (tmp_path / "out" / _STAGING).rglob("*.parquet")}
     assert len(staged) == 3
     (root / "sub-2/anat/sub-2_T1w.nii.gz").write_bytes((root / "sub-1/anat/sub-1_T1w.nii.gz").read_bytes())
