@@ -154,7 +154,10 @@ def embed_array(
         values = build(pc.list_flatten(array), inner, column, np.repeat(rows, lengths))
         return _as_lists(array, lengths, values)
 
-    return build(array, feature, column, rows)
+    try:
+        return build(array, feature, column, rows)
+    finally:
+        build = None  # it refers to itself: a cycle that would keep the arena until the garbage collector comes by
 
 
 class Arena:

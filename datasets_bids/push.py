@@ -2,12 +2,14 @@
 
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
 
 import datasets
 import yaml
 
+from . import loading
 from .card import builder_card
 from .hub import PushPlan, plan_push, push_to_directory, size
 from .upload import HubPush, Workers, dask_executor, make_target
@@ -52,6 +54,10 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
 
 def build(options: argparse.Namespace) -> datasets.DatasetBuilder:
     """The builder with its rows of paths prepared."""
+    if options.builder != "bids" and loading.find_script(options.builder) is None:
+        raise ValueError(
+            f"{options.builder}: is no builder directory (NAME/ with a NAME.py that declares a BidsBuilder), nor the name bids"
+        )
     config = {}
     if options.schema:
         with open(options.schema, encoding="utf-8") as file:
@@ -87,7 +93,9 @@ def describe(plan: PushPlan, unused_images: list[str]) -> list[str]:
         f"Shards: {shards}",
     ]
     if any(nulls.values()):
-        lines.append("Null: " + ", ".join(f"{name} in {count} rows" for name, count in nulls.items() if count))
+        lines.append(
+            "Null: " + ", ".join(f"{name} {count}" for name, count in nulls.items() if count) + f" of {rows} rows"
+        )
     if unused_images:
         lines.append(f"Images in no column of this config: {len(unused_images)}, such as {unused_images[0]}")
     return lines
@@ -100,7 +108,7 @@ def push_to_hub(plan: PushPlan, options: argparse.Namespace, builder: datasets.D
         builder_card(builder),
         options={"num_shards": options.num_shards, "max_shard_size": options.max_shard_size},
         private=options.private,
-        private_because=getattr(builder, "PRIVATE_BECAUSE", None),
+        private_because=builder.PRIVATE_BECAUSE,
     )
     repo_id = push.target.repo_id
     if options.abort:
@@ -145,4 +153,8 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Uploads that are in the middle after an error or Ctrl-C are not waited for: a push can be killed anywhere.
+    os._exit(status)
