@@ -14,11 +14,11 @@ from openpyxl import Workbook
 def volume_bytes(seed: str, compressed: bool = True, volumes: int = 1) -> bytes:
     """A NIfTI-1 image of 4 x 4 x 3 voxels (and time) whose voxels follow from `seed`, so that no two files are alike."""
     voxels = np.frombuffer(hashlib.sha512(seed.encode()).digest()[:48], dtype=np.uint8).reshape(4, 4, 3)
-    if volumes > 1:
-        voxels = np.stack([np.roll(voxels, i) for i in range(volumes)], axis=-1)
     image = nib.Nifti1Image(voxels, np.diag([2.0, 2.0, 3.0, 1.0]))
-    image.header.set_xyzt_units("mm", "sec")
-    image.header["pixdim"][4] = 2.0 if volumes > 1 else 0.0
+    if volumes > 1:
+        image = nib.Nifti1Image(np.stack([np.roll(voxels, i) for i in range(volumes)], axis=-1), image.affine)
+        image.header.set_zooms((2.0, 2.0, 3.0, 2.0))
+        image.header.set_xyzt_units("mm", "sec")
     data = image.to_bytes()
     return gzip.compress(data, compresslevel=1, mtime=0) if compressed else data
 
