@@ -24,6 +24,7 @@ from huggingface_hub import DatasetCard
 from . import __version__
 from .card import update_card
 from .embed import write_shard
+from .nifti import refuse_image
 from .shards import Shard, embedded_nbytes, plan_shards
 
 
@@ -70,12 +71,19 @@ def plan_push(
     max_shard_size: int | str | None = None,
     num_shards: int | None = None,
 ) -> PushPlan:
-    """Measures every file and plans the shards. Reads no volume.
+    """Measures every file, looks at every image's header, and plans the shards. Reads no volume.
 
     Raises:
         ValueError: files that cannot be stored, all of them by name
     """
-    nbytes = {split: embedded_nbytes(dataset) for split, dataset in splits.items()}
+    nbytes, refused = {}, []
+    for split, dataset in splits.items():
+        try:
+            nbytes[split] = embedded_nbytes(dataset, inspect=refuse_image)
+        except ValueError as e:
+            refused.append(f"split {split!r}: {e}" if len(splits) > 1 else str(e))
+    if refused:
+        raise ValueError("\n".join(refused))
     shards = {split: plan_shards(nbytes[split], max_shard_size, num_shards) for split in splits}
     return PushPlan(
         config_name, splits, shards, max((int(sizes.max()) for sizes in nbytes.values() if len(sizes)), default=0)
