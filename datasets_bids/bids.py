@@ -43,6 +43,8 @@ class BidsConfig(datasets.BuilderConfig):
         splits (`dict[str, str]`, defaults to `{"train": ""}`): split -> its directory, which the schema's patterns are
             relative to.
         release (`str`, *optional*): the release of the dataset that the schema was written for; named in errors.
+        expected (`dict`, *optional*): what the release holds, for `python -m datasets_bids.validate`; see
+            `datasets_bids.validation.parse_expected`.
 
     Example:
 
@@ -58,6 +60,7 @@ class BidsConfig(datasets.BuilderConfig):
     metadata_from: str | dict[str, Any] | list[Any] | None = None
     splits: dict[str, str] = field(default_factory=lambda: {"train": ""})
     release: str | None = None
+    expected: dict[str, Any] | None = None
 
 
 class BidsBuilder(datasets.GeneratorBasedBuilder):

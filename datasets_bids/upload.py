@@ -526,6 +526,16 @@ class HubPush:
             raise PushError(f"{repo_id} is public, and must be private: {reason}")
         return True
 
+    def will_be_public(self) -> bool:
+        """Whether everyone will see what is pushed. Nothing is written.
+
+        Raises:
+            PushError: see `check_access`
+        """
+        if not self.check_access():
+            return not self.private
+        return not patiently(self._repo_info, f"looking for {self.target.repo_id}").private
+
     def _repo_info(self, revision: str | None = None):
         return self.api.repo_info(self.target.repo_id, repo_type="dataset", revision=revision, timeout=TIMEOUT)
 

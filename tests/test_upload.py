@@ -110,7 +110,17 @@ def command(client: Client, repo_id: str, tree: Path, *options: str, check: bool
         "schema:\n  t1w: {path: '{subject}/t1w.nii', optional: true}\n"
         "  bold: {path: '{subject}/bold-*.nii', many: true, optional: true}\n"
     )
-    args = ["bids", "--data-dir", str(tree), "--schema", str(schema), "--repo-id", repo_id, *options]
+    args = [
+        "bids",
+        "--data-dir",
+        str(tree),
+        "--schema",
+        str(schema),
+        "--repo-id",
+        repo_id,
+        "--affirm-defaced",
+        *options,
+    ]
     code = "from datasets_bids import push, upload; upload.FIRST_WAIT = 0.05; upload.PATIENCE = 5.0\n"
     run = client.start(code + f"import sys; sys.exit(push.main({args!r}))")
     status = run.wait()
@@ -497,6 +507,7 @@ def test_interrupted_from_the_keyboard(hub, client, tree):
     schema = client.folder / "t1w.yaml"
     schema.write_text("schema:\n  t1w: {path: '{subject}/t1w.nii', optional: true}\n")
     args = ["bids", "--data-dir", str(tree), "--schema", str(schema), "--repo-id", "alice/ctrl-c", "--num-shards", "8"]
+    args.append("--affirm-defaced")
     run = client.start(code + f"status = push.main({args!r}); sys.stderr.flush(); os._exit(status)")
     wait_for(hub, "lfs_upload", run, 4)
     start = time.monotonic()

@@ -52,5 +52,12 @@ class Arc(BidsBuilder):
                     "wab_type": {"column": "wab_type", "dtype": "string"},
                 },
             },
+            expected={
+                "paths": ["participants.tsv", "derivatives/lesion_masks"],
+                "subjects": 230,
+                "sessions": 902,
+                "columns": {"t1w": 444, "t2w": 440, "flair": 233, "dwi": 613, "sbref": 88, "lesion": 228},
+                "images": {"t1w": 447, "t2w": 441, "flair": 235, "dwi": 2089, "sbref": 322, "lesion": 228},
+            },
         )
     ]
