@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import datasets
@@ -66,7 +68,7 @@ def build(options: argparse.Namespace) -> datasets.DatasetBuilder:
     return builder
 
 
-def describe(plan: PushPlan, unused_images: list[str]) -> list[str]:
+def describe(plan: PushPlan, unused_images: Mapping[str, str]) -> list[str]:
     """What the push will write, a line each."""
     subjects, images, nulls = set(), 0, {}
     for dataset in plan.splits.values():
@@ -88,8 +90,9 @@ def describe(plan: PushPlan, unused_images: list[str]) -> list[str]:
     ]
     if any(nulls.values()):
         lines.append("Null: " + ", ".join(f"{name} in {count} rows" for name, count in nulls.items() if count))
-    if unused_images:
-        lines.append(f"Images in no column of this config: {len(unused_images)}, such as {unused_images[0]}")
+    for reason, count in Counter(unused_images.values()).items():
+        first = next(image for image, why in unused_images.items() if why == reason)
+        lines.append(f"Images in no column of this config: {count}, such as {first} ({reason})")
     return lines
 
 
