@@ -9,6 +9,7 @@ How it works:
 - Images of a row that differ in nothing but run, split or chunk are a list. So every image has one cell.
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -96,7 +97,36 @@ def parse_image(path: str, dataset: str = "") -> Image:
         path (`str`): relative to the root
         dataset (`str`): directory of the dataset it belongs to, relative to the root
     """
-    *directories, name = path[len(dataset) + 1 if dataset else 0 :].split("/")
+    directory, _, name = path[len(dataset) + 1 if dataset else 0 :].rpartition("/")
+    subject, session, places, above_subject = _parse_directory(directory)
+    # What is left is the same for every subject.
+    for identifier in (subject, session):
+        if identifier is not None and name.startswith(identifier + "_"):
+            name = name[len(identifier) + 1 :]
+    named, datatype, entities, suffix = _parse_name(name, places, above_subject)
+    return Image(path, subject or named.get("sub"), session or named.get("ses"), datatype, entities, suffix)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _parse_directory(directory: str) -> tuple[str | None, str | None, tuple[str, ...], int | None]:
+    """Subject, session, all other parts of the directory, and how many of these are above the subject's."""
+    identifiers: dict[str, str] = {}
+    places: list[str] = []
+    above_subject = None
+    for part in directory.split("/") if directory else ():
+        if part[:4] in ("sub-", "ses-"):
+            identifiers.setdefault(part[:3], part)
+            above_subject = len(places)
+        else:
+            places.append(part)
+    return identifiers.get("sub"), identifiers.get("ses"), tuple(places), above_subject
+
+
+@functools.lru_cache(maxsize=10_000)
+def _parse_name(
+    name: str, places: tuple[str, ...], above_subject: int | None
+) -> tuple[dict[str, str], str, dict[str, str], str]:
+    """Identifiers, datatype, entities (with `place`, `words` and `kind`) and suffix. The dictionaries are shared."""
     stem, _, extension = name.partition(".")
     parts = stem.split("_")
     suffix = "" if "-" in parts[-1] else parts.pop()
@@ -108,33 +138,25 @@ def parse_image(path: str, dataset: str = "") -> Image:
             entities[key] = label
         else:
             words.append(part)
-    identifiers: dict[str, str] = {}
-    places, above_subject = [], None
-    for directory in directories:
-        key, dash, label = directory.partition("-")
-        if dash and key in ("sub", "ses"):
-            identifiers.setdefault(key, directory)
-            above_subject = len(places)
-        elif not dash or entities.get(key) != label:  # sub-01/ses-1/, tpl-MNI152/cohort-1/: the file name says it again
-            places.append(directory)
-    for key in ("sub", "ses"):
-        label = entities.pop(key, None)
-        if label is not None:
-            identifiers.setdefault(key, f"{key}-{label}")
-    known = [place for place in places if place in _datatypes()]
-    own = above_subject is not None and len(places) > above_subject
-    datatype = known[-1] if known else places[-1] if own else ""
+    identifiers = {key: f"{key}-{entities.pop(key)}" for key in ("sub", "ses") if key in entities}
+    datatype = next((place for place in reversed(places) if place in _datatypes()), "")
+    if not datatype and above_subject is not None and len(places) > above_subject:
+        datatype = places[-1]
+    others = list(places)
     if datatype:
-        del places[len(places) - 1 - places[::-1].index(datatype)]
+        del others[len(others) - 1 - others[::-1].index(datatype)]
+    # tpl-MNI152/cohort-1/: the file's name says it again
+    others = [place for place in others if "-" not in place or entities.get(place.split("-")[0]) != place.split("-", 1)[1]]
     kind = [piece for piece in extension.split(".") if piece not in ("nii", "gz", "bz2", "zst")]
-    for key, pieces in (("place", places), ("words", words), ("kind", kind)):
+    for key, pieces in (("place", others), ("words", words), ("kind", kind)):
         if pieces:
             entities[key] = "_".join(pieces)
-    return Image(path, identifiers.get("sub"), identifiers.get("ses"), datatype, entities, suffix)
+    return identifiers, datatype, entities, suffix
 
 
-def _datatypes() -> Any:
-    return bids_schema().objects.datatypes
+@functools.lru_cache
+def _datatypes() -> frozenset[str]:
+    return frozenset(bids_schema().objects.datatypes)
 
 
 def find_configs(index: Index) -> dict[str, list[Image]]:
@@ -146,9 +168,10 @@ def find_configs(index: Index) -> dict[str, list[Image]]:
     for path in index.images:
         dataset = index.dataset_of(path)
         image = parse_image(path, dataset)
-        stem = path.removesuffix(next(e for e in NIFTI_EXTENSIONS[::-1] if path.endswith(e)))
-        if not path.endswith(".nii.gz") and f"{stem}.nii.gz" in present:
-            image.entities["kind"] = path[len(stem) + 1 :].replace(".", "_")
+        if not path.endswith(".nii.gz"):
+            extension = next(extension for extension in NIFTI_EXTENSIONS if path.endswith(extension))
+            if path.removesuffix(extension) + ".nii.gz" in present:
+                image = image._replace(entities={**image.entities, "kind": extension[1:].replace(".", "_")})
         by_dataset[dataset].append(image)
     configs: dict[str, list[Image]] = {}
     groups: dict[str, list[Image]] = {}
