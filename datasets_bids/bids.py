@@ -82,6 +82,10 @@ class BidsBuilder(datasets.GeneratorBasedBuilder):
 
     BUILDER_CONFIG_CLASS = BidsConfig
 
+    PRIVATE_BECAUSE: str | None = None
+    """Why the dataset must not be redistributed, if so: it is pushed to private repositories only, others are refused
+    with this reason."""
+
     def _create_builder_config(self, config_name=None, custom_features=None, config_id=None, **config_kwargs):
         if config_kwargs.get("data_files") is not None:
             raise ValueError(f"builder {self.dataset_name!r} reads a tree: pass data_dir=, not data_files=")

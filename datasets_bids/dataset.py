@@ -6,6 +6,9 @@ from typing import Any
 
 import datasets
 import pandas as pd
+from huggingface_hub import CommitInfo
+
+from .upload import push_dataset_to_hub
 
 
 class BidsDataset(datasets.Dataset):
@@ -47,6 +50,11 @@ class BidsDataset(datasets.Dataset):
             **config_kwargs,
         )
         return cls(dataset.data, dataset.info, dataset.split, dataset._indices, dataset._fingerprint)
+
+    def push_to_hub(self, repo_id: str, config_name: str = "default", **kwargs: Any) -> CommitInfo:
+        """Pushes with [`push_dataset_to_hub`], which see for the arguments: `split`, `private`, `token`, `revision`,
+        `create_pr`, `max_shard_size`, `num_shards`, `embed_external_files`, `num_proc`, `commit_message` and its own."""
+        return push_dataset_to_hub(self, repo_id, config_name=config_name, **kwargs)
 
 
 def build_hf_dataset(file_table: pd.DataFrame, features: datasets.Features) -> datasets.Dataset:

@@ -2,10 +2,12 @@
 
 How it works:
 
-- A row group's size is known before it is read (`shards.value_nbytes`), so all its files are read into one buffer that is
-  allocated once and used again for the next row group; the Arrow values are views of it.
-- Files are read, not mapped, since a mapped file that shrinks kills the process (SIGBUS). Only a very large file is mapped (once its
-  size is found to be the planned one): reading it would hold it a third time beside the encoder's copy and the page.
+- A file that is the only value of its leaf in a row group, as the volumes of large rows are, is mapped: the Parquet encoder copies from
+  the page cache. Reading it first costs a third more time and holds it a third time, beside the encoder's copy and the page. The
+  pages are given back while they are copied. Its size is compared when it is mapped and its time stamp when it is written; a file
+  that is cut short in between (milliseconds) kills the process with SIGBUS, which leaves nothing but a temporary file.
+- All others have to be side by side in memory. Their sizes are known (`shards.value_nbytes`), so they are read into one buffer that
+  is allocated once and used again for the next row group; the Arrow values are views of it.
 - Volume leaves are written plain: no compression, no dictionary, no statistics (which alone would cost three quarters of the
   throughput). The other leaves are written as `datasets` writes them.
 - Row groups follow bytes: large rows have one each, small rows share one.
@@ -41,6 +43,7 @@ from .shards import (
     local_path,
     raise_refusals,
     refuse_content,
+    stored_file,
     value_nbytes,
 )
 
@@ -52,9 +55,12 @@ the first row. The Hub's viewer scans at most 300 MB for a page of 100 rows, whi
 READ_NBYTES = 8 * 1024**2
 """Files are read in pieces of this size (bytes), so that a progress bar moves inside a large file."""
 
-MAP_FROM = 128 * 1000**2
-"""Files from this size (bytes) on are mapped if they are the only value of their leaf. The Parquet encoder holds a value twice; with a
-third copy, 2.5 x the row + 250 MB is exceeded from 190 MB on."""
+MAP_FROM = 1000**2
+"""Files from this size (bytes) on are mapped if they are the only value of their leaf; below it, setting up costs more than it gives."""
+
+GIVE_BACK_FROM = 128 * 1000**2
+"""Mapped files from this size (bytes) on give their pages back while they are copied. The Parquet encoder holds a value twice; with
+the mapped pages a row would exceed 2.5 x its size + 250 MB from 190 MB on."""
 
 CDC_BELOW = 1024**2
 """Content-defined chunking is on if rows are smaller than this (bytes; the largest chunk pyarrow cuts). Above it every value is a page
@@ -148,7 +154,10 @@ def embed_array(
         values = build(pc.list_flatten(array), inner, column, np.repeat(rows, lengths))
         return _as_lists(array, lengths, values)
 
-    return build(array, feature, column, rows)
+    try:
+        return build(array, feature, column, rows)
+    finally:
+        build = None  # it refers to itself: a cycle that would keep the arena until the garbage collector comes by
 
 
 class Arena:
@@ -171,9 +180,7 @@ class Arena:
 
     def take(self, nbytes: int) -> np.ndarray:
         if self._used + nbytes > len(self._memory):
-            raise ValueError(
-                "A file of this row group grew after the shards were planned. Try again when nothing writes to it."
-            )
+            return np.empty(nbytes, dtype=np.uint8)  # the size was an estimate (remote files)
         self._used += nbytes
         return self._memory[self._used - nbytes : self._used]
 
@@ -199,8 +206,8 @@ class _MappedFile:
             self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         self._state = _state(status)
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._give_back, name="give-back", daemon=True)
-        self._thread.start()
+        if nbytes >= GIVE_BACK_FROM:
+            threading.Thread(target=self._give_back, name="give-back", daemon=True).start()
 
     def _give_back(self) -> None:
         while not self._done.wait(0.01):
@@ -208,7 +215,6 @@ class _MappedFile:
 
     def stop(self) -> None:
         self._done.set()
-        self._thread.join()
 
     def check(self) -> None:
         """Raise if the file is no longer what it was when it was mapped."""
@@ -280,7 +286,7 @@ def _embed_leaf(
 
 def _basename(path: str) -> str:
     # Of `zip://sub-01.nii::/data.zip` the inner name says what the bytes are.
-    return os.path.basename(path.split("::")[0])
+    return os.path.basename(stored_file(path).split("::")[0])
 
 
 def _binary_views(array: pa.Array) -> Callable[[int], np.ndarray]:
@@ -304,7 +310,7 @@ def _read_into(
         f = (
             open(local, "rb", buffering=0)
             if local is not None
-            else xopen(path, "rb", download_config=download_config(path, token_per_repo_id))
+            else xopen(stored_file(path), "rb", download_config=download_config(path, token_per_repo_id))
         )
         with f:
             before = _state(os.fstat(f.fileno())) if local is not None else None

@@ -24,7 +24,9 @@ from huggingface_hub import DatasetCard
 from . import __version__
 from .card import update_card
 from .embed import write_shard
+from .nifti import refuse_image
 from .shards import Shard, embedded_nbytes, plan_shards
+from .storage import stamp
 
 
 # The hidden directory of shards that are not in place yet; load_dataset looks into no hidden directory.
@@ -70,12 +72,19 @@ def plan_push(
     max_shard_size: int | str | None = None,
     num_shards: int | None = None,
 ) -> PushPlan:
-    """Measures every file and plans the shards. Reads no volume.
+    """Measures every file, looks at every image's header, and plans the shards. Reads no volume.
 
     Raises:
         ValueError: files that cannot be stored, all of them by name
     """
-    nbytes = {split: embedded_nbytes(dataset) for split, dataset in splits.items()}
+    nbytes, refused = {}, []
+    for split, dataset in splits.items():
+        try:
+            nbytes[split] = embedded_nbytes(dataset, inspect=refuse_image)
+        except ValueError as e:
+            refused.append(f"split {split!r}: {e}" if len(splits) > 1 else str(e))
+    if refused:
+        raise ValueError("\n".join(refused))
     shards = {split: plan_shards(nbytes[split], max_shard_size, num_shards) for split in splits}
     return PushPlan(
         config_name, splits, shards, max((int(sizes.max()) for sizes in nbytes.values() if len(sizes)), default=0)
@@ -155,12 +164,12 @@ def dataset_info(plan: PushPlan, download_size: int) -> datasets.DatasetInfo:
 def fingerprint(dataset: datasets.Dataset, shard: Shard) -> str:
     """Tells two shards apart whose files would differ, by values, paths, sizes and times. Reads no volume."""
     digest = hashlib.sha256(f"{__version__} {dataset.features} {shard}".encode())
-    for row in dataset.with_format("arrow")[shard.start : shard.stop].to_pylist():
+    rows = dataset.with_format("arrow")[shard.start : shard.stop]
+    # Few rows at a time: they may hold images.
+    for row in (row for batch in rows.to_batches(max_chunksize=16) for row in batch.to_pylist()):
         digest.update(repr(row).encode(errors="surrogateescape"))
         for path in _paths(row):
-            if os.path.exists(path):
-                stat = os.stat(path)
-                digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+            digest.update(stamp(path).encode())
     return digest.hexdigest()[:32]
 
 

@@ -3,14 +3,14 @@
 How it works:
 
 - A value is stored as `{"bytes", "path"}`, as ever. What an image is told by are its first bytes, never its name.
-- `decode_example` returns a plain nibabel image. From bytes it is lazy: nibabel's own array proxy reads from a `StoredFile`, a
-  read-only file over the stored bytes that inflates no more than is asked for, can be shared by threads and pickles at its
-  compressed size.
-- `encode_example` asks what an image was read from and reads that header again. If nothing that nibabel would write differs, the
-  very bytes (or the path) it came from are stored; otherwise the image is serialized, and voxels that were not touched keep
-  their stored values and scale factors.
-- Everything above the line "Patches" could stand in `features/nifti.py`; below it are the places of `datasets` that have to know
-  about images.
+- `decode_example` returns a plain nibabel image. From bytes it is lazy: nibabel's own array proxy reads from a
+  `StoredFile`, a read-only file over the stored bytes that inflates no more than is asked for, can be shared by
+  threads and pickles at its compressed size.
+- `encode_example` asks what an image was read from and reads that header again. If nothing that nibabel would write
+  differs, the very bytes (or the path) it came from are stored; otherwise the image is serialized, and voxels that
+  were not touched keep their stored values and scale factors.
+- Everything above the line "Patches" could stand in `features/nifti.py`; below it are the places of `datasets` that
+  have to know about images.
 """
 
 import bz2
@@ -23,6 +23,7 @@ import os
 import sys
 import threading
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional, Union
 
@@ -55,9 +56,9 @@ _HEAD = 1024
 class StoredFile(io.RawIOBase):
     """What one stored image inflates to, as a read-only file that array proxies and threads can share.
 
-    Each thread has its own position, so nibabel's seek-then-read pairs cannot get mixed up. Inflated data are not kept as long as
-    reads move forward (a header, a first slice, the whole array). From the first read that goes back, what is inflated is kept,
-    so that no byte is inflated a third time.
+    Each thread has its own position, so nibabel's seek-then-read pairs cannot get mixed up. Inflated data are not kept
+    as long as reads move forward (a header, a first slice, the whole array). From the first read that goes back, what
+    is inflated is kept, so that no byte is inflated a third time.
 
     Args:
         source: The bytes as stored, or the local path of a file that nibabel cannot open by its name.
@@ -73,7 +74,7 @@ class StoredFile(io.RawIOBase):
         self.path = source if isinstance(source, str) else path
         self.name = self.path or "<bytes without a path>"
         self.expected_nbytes = 0
-        """Bytes that header and voxels take. A read within them that comes out short is an error, not the end of the file."""
+        """Bytes that header and voxels take. A read within them that comes out short is an error, not the end."""
         self._lock = threading.Lock()
         self._local = threading.local()
         self._stream: Any = None
@@ -100,9 +101,6 @@ class StoredFile(io.RawIOBase):
             while len(head) < _HEAD and (piece := _read1(stream, _HEAD - len(head), first=not head)):
                 head += piece
         return head
-
-    def stored_nbytes(self) -> int:
-        return len(self.source) if isinstance(self.source, bytes) else os.path.getsize(self.source)
 
     def readable(self) -> bool:
         return True
@@ -132,7 +130,8 @@ class StoredFile(io.RawIOBase):
                     n = self._read_forward(start, view)
             if n < len(view) and start + len(view) <= self.expected_nbytes:
                 raise OSError(
-                    f"{self.name}: cut off after {start + n} of {self.expected_nbytes} bytes. Fetch or convert the file again."
+                    f"{self.name}: cut off after {start + n} of {self.expected_nbytes} bytes. "
+                    "Fetch or convert the file again."
                 )
         self._local.position = start + n
         return n
@@ -175,7 +174,7 @@ class StoredFile(io.RawIOBase):
         return piece
 
     def _check_end(self) -> None:
-        # A checksum stands behind the last byte and is only looked at by a read that goes there: nibabel reads exactly the voxels
+        # The checksum behind the last byte is only looked at by a read that goes there, and nibabel's end before it
         if hasattr(self._stream, "peek"):
             try:
                 self._stream.peek(1)
@@ -214,7 +213,8 @@ class _Reported:
         self.file._kept = None
         if self.file.compression is not None:
             raise OSError(
-                f"{self.file.name}: the {self.file.compression} data are damaged or cut off ({error}). Fetch the file again."
+                f"{self.file.name}: the {self.file.compression} data are damaged or cut off ({error}). "
+                "Fetch the file again."
             ) from error
 
 
@@ -286,7 +286,7 @@ def _load_stored(file: StoredFile) -> "nib.Nifti1Image":
     """The image in `file`: a plain `Nifti1Image`, `Nifti2Image` or `Cifti2Image`.
 
     Raises:
-        ValueError: if the bytes are no NIfTI image or are cut off. The message names the file.
+        ValueError: if the bytes are no NIfTI image. The message names the file.
     """
     import nibabel as nib
 
@@ -302,10 +302,21 @@ def _load_stored(file: StoredFile) -> "nib.Nifti1Image":
         raise
     except Exception as e:
         raise ValueError(f"{file.name}: the NIfTI header cannot be read ({e}). Convert the file again.") from e
-    file.expected_nbytes = _needed_nbytes(image)
-    if file.compression is None:
-        _check_size(image, file.stored_nbytes(), file.name)
+    file.expected_nbytes = _expected_nbytes(image)
     return image
+
+
+def refuse_image(path: str) -> Optional[str]:
+    """Why the local file at `path`, once it is embedded, would be no image, or `None`. Inflates no more than the header."""
+    try:
+        file = StoredFile(path)
+        _load_stored(file)
+    except (ValueError, OSError) as e:
+        return str(e).removeprefix(path).lstrip(": ")
+    nbytes = os.path.getsize(path)
+    if file.compression is None and nbytes < file.expected_nbytes:
+        return f"is cut off: it has {nbytes} of {file.expected_nbytes} bytes; fetch or convert it again"
+    return None
 
 
 def _load_path(path: str) -> "nib.spatialimages.SpatialImage":
@@ -331,24 +342,21 @@ def _load_path(path: str) -> "nib.spatialimages.SpatialImage":
     except Exception as e:
         raise ValueError(f"{path}: the header cannot be read ({e}). Convert the file again.") from e
     if isinstance(image, nib.Nifti1Image) and not path.lower().endswith((".gz", ".bz2", ".zst")):
-        _check_size(image, os.path.getsize(path), path)
+        if os.path.getsize(path) < _expected_nbytes(image):
+            # Cut off, or a header alone, as in bids-examples: readable until voxels are asked for, and then named
+            return _load_stored(StoredFile(path))
     return image
 
 
-def _needed_nbytes(image: "nib.dataobj_images.DataobjImage") -> int:
+def _expected_nbytes(image: "nib.dataobj_images.DataobjImage") -> int:
     proxy = image.dataobj
     return int(proxy.offset) + int(np.prod(proxy.shape, dtype=object)) * proxy.dtype.itemsize
 
 
-def _check_size(image: "nib.dataobj_images.DataobjImage", nbytes: int, name: str) -> None:
-    needed = _needed_nbytes(image)
-    if nbytes < needed:
-        raise ValueError(f"{name} is cut off: {nbytes} of {needed} bytes. Fetch or convert the file again.")
-
-
 def is_image(value: Any) -> bool:
-    """True for a nibabel image with voxels (or CIFTI-2 grayordinates). Imports nothing: without nibabel there are no images."""
-    return "nibabel" in sys.modules and isinstance(value, sys.modules["nibabel"].dataobj_images.DataobjImage)
+    """True for a nibabel image with voxels or grayordinates. Imports nothing: without nibabel there are no images."""
+    nibabel = sys.modules.get("nibabel")
+    return nibabel is not None and isinstance(value, nibabel.dataobj_images.DataobjImage)
 
 
 def encode_example(
@@ -357,9 +365,9 @@ def encode_example(
     """Encode an example into the format for Arrow.
 
     Args:
-        value: A path, the bytes of a file, a dictionary with "path" and/or "bytes", or a nibabel image. An image that was read
-            from a file or from bytes and not modified is stored as that path or those bytes. As in nibabel, changes to the array
-            that `get_fdata` caches are no changes to the image.
+        value: A path, the bytes of a file, a dictionary with "path" and/or "bytes", or a nibabel image. An image that
+            was read from a file or from bytes and not modified is stored as that path or those bytes. As in nibabel,
+            changes to the array that `get_fdata` caches are no changes to the image.
 
     Returns:
         `dict` with "path" and "bytes".
@@ -394,7 +402,7 @@ def encode_example(
 
 
 def _holds(path: str, bytes_: bytes) -> bool:
-    # A relative path names a file of the dataset repository; one in the working directory is another file, or becomes one
+    # A relative path names a file of the dataset repository; one in the working directory is another file
     return (
         os.path.isabs(path)
         and os.path.isfile(path)
@@ -514,8 +522,8 @@ def decode_example(
     """Decode an example into a nibabel image.
 
     Args:
-        value: A path, or a dictionary with "path" and "bytes". The format (NIfTI-1, NIfTI-2, CIFTI-2; plain, gzip, bzip2, zstd)
-            is told by the content.
+        value: A path, or a dictionary with "path" and "bytes". The format (NIfTI-1, NIfTI-2, CIFTI-2; plain, gzip,
+            bzip2, zstd) is told by the content.
         token_per_repo_id: Repository id to token, for files in private repositories on the Hub.
 
     Returns:
@@ -524,7 +532,7 @@ def decode_example(
 
     Raises:
         ValueError: if there are neither bytes nor a path, or they hold no NIfTI image. The message names the path.
-        OSError: on reading voxels, if the compressed data are damaged.
+        OSError: on reading voxels, if the data are damaged or cut off. The message names the path.
     """
     if not config.NIBABEL_AVAILABLE:
         raise ImportError("To support decoding NIfTI files, please install 'nibabel'.")
@@ -557,7 +565,7 @@ _decoded: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 def _show_in_notebook(image: "nib.dataobj_images.DataobjImage") -> None:
-    """Let a notebook show `image` with NiiVue, without a class of our own: nibabel's functions make new images by class."""
+    """Let a notebook show `image` with NiiVue. No class of our own: nibabel's functions make new images by class."""
     if "IPython" not in sys.modules:
         return
     shell = sys.modules["IPython"].get_ipython()
@@ -591,8 +599,10 @@ def _niivue_html(image: "nib.dataobj_images.DataobjImage") -> None:
 
 
 def plain_storage(storage: pa.Array) -> pa.Array:
-    """Reduce the Arrow types that can hold paths or bytes to those that `cast_storage` of Image, Audio, Video, Pdf, Mesh and
-    Nifti know: `string`, `binary` and structs of them. pandas 3 makes `large_string`, Polars `string_view`, and so on.
+    """Reduce the Arrow types that can hold paths or bytes to `string`, `binary` and structs of them.
+
+    These are what `cast_storage` of Image, Audio, Video, Pdf, Mesh and Nifti know. pandas 3 makes `large_string`, Polars
+    `string_view`.
 
     Raises:
         pa.ArrowInvalid: if one array holds more than 2 GiB of paths or bytes.
@@ -642,15 +652,33 @@ def _has_nifti(feature: Any) -> bool:
     return found
 
 
-def _encode_images(value: Any) -> Any:
-    """`value` with every image in its lists and dictionaries encoded as the `Nifti` feature does: unmodified ones as their path."""
+def _encode_images(value: Any, force_bytes: bool = False) -> Any:
+    """`value` with every image in its lists and dictionaries encoded."""
     if is_image(value):
-        return encode_nibabel_image(value)
-    if isinstance(value, dict):
-        return {k: _encode_images(v) for k, v in value.items()}
+        return encode_nibabel_image(value, force_bytes=force_bytes)
+    if isinstance(value, Mapping):
+        return {k: _encode_images(v, force_bytes) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_encode_images(v) for v in value]
+        return [_encode_images(v, force_bytes) for v in value]
     return value
+
+
+def _holds_images(value: Any) -> bool:
+    """True if there is an image in `value`.
+
+    Of a list of anything but containers one value is looked at: this runs for every example of every dataset.
+    """
+    if isinstance(value, dict):
+        return any(map(_holds_images, value.values()))
+    if isinstance(value, (list, tuple)):
+        for v in value:
+            if isinstance(v, (dict, list, tuple)):
+                if _holds_images(v):
+                    return True
+            elif v is not None:
+                return is_image(v)
+        return False
+    return is_image(value)
 
 
 def _first_image_depth(data: Any) -> Optional[int]:
@@ -720,13 +748,9 @@ def _features_encode_column(original):
 
 
 def _encode_columns(features: Features, columns: Any) -> Any:
-    def holds_images(k, v):
-        # cheapest first: this runs for every cell of every example that is written
-        return (isinstance(v, (dict, list, tuple)) or is_image(v)) and k in features and _has_nifti(features[k])
-
-    if not isinstance(columns, dict):
+    if not isinstance(columns, dict) or not _holds_images(columns):
         return columns
-    return {k: _encode_images(v) if holds_images(k, v) else v for k, v in columns.items()}
+    return {k: _encode_images(v) if _has_nifti(features.get(k)) else v for k, v in columns.items()}
 
 
 def _infer_features_from_batch(original):
@@ -740,19 +764,11 @@ def _infer_features_from_batch(original):
     return infer
 
 
-def _holds_images(row: Any) -> bool:
-    return isinstance(row, dict) and any(map(is_image, row.values()))
-
-
 def _cast_to_python_objects(original):
     @functools.wraps(original)
-    def cast(obj, only_1d_for_numpy, optimize_list_casting):
-        if is_image(obj):
-            return encode_nibabel_image(obj, force_bytes=True), True
-        if optimize_list_casting and isinstance(obj, (list, tuple)) and any(_holds_images(row) for row in obj):
-            # the original looks at the first row alone, and that may have no image
-            obj = [cast(row, only_1d_for_numpy, optimize_list_casting)[0] if _holds_images(row) else row for row in obj]
-        return original(obj, only_1d_for_numpy=only_1d_for_numpy, optimize_list_casting=optimize_list_casting)
+    def cast(obj, *args, **kwargs):
+        # Here nothing is known about the type, and a path without a type would not be embedded
+        return original(_encode_images(obj, force_bytes=True) if _holds_images(obj) else obj, *args, **kwargs)
 
     return cast
 
@@ -970,7 +986,7 @@ PATCHES = (
     Patch("datasets.features:Features.encode_column", _features_encode_column, _does_not_infer, _UNTYPED),
     Patch("datasets.features:Features.encode_batch", _features_encode_batch, _does_not_infer, _UNTYPED),
     Patch(
-        "datasets.features.features:_cast_to_python_objects",
+        "datasets.features.features:cast_to_python_objects",
         _cast_to_python_objects,
         _does_not_cast_images,
         "images other than NIfTI (CIFTI-2, MGH; in 4.4 all) cannot be written to Arrow",

@@ -156,7 +156,8 @@ def _reduce(obj: Any) -> tuple:
 
 
 def _rebuild(rebuild: Callable, args: tuple) -> Any:
-    apply()
+    # To find this function a worker process imports the package, which applies the patches. Not more than that: every
+    # `Dataset.features` is a deep copy and comes through here.
     return rebuild(*args)
 
 
@@ -195,7 +196,8 @@ def _understands(replacement: Any, original: Any) -> bool:
     ours = inspect.signature(replacement, follow_wrapped=False).parameters
     if any(p.kind is p.VAR_KEYWORD for p in ours.values()):
         return True
-    return list(theirs) == [name for name in ours if name in theirs]
+    named = [name for name, p in theirs.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return named == [name for name in ours if name in named]
 
 
 def _swap_copies(new_by_id: dict[int, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from pathlib import Path
 import datasets
 import yaml
 
+from . import loading
 from .card import builder_card
 from .hub import PushPlan, plan_push, push_to_directory, size
 from .upload import HubPush, Workers, dask_executor, make_target
@@ -54,6 +56,10 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
 
 def build(options: argparse.Namespace) -> datasets.DatasetBuilder:
     """The builder with its rows of paths prepared."""
+    if options.builder != "bids" and loading.find_script(options.builder) is None:
+        raise ValueError(
+            f"{options.builder}: is no builder directory (NAME/ with a NAME.py that declares a BidsBuilder), nor the name bids"
+        )
     config = {}
     if options.schema:
         with open(options.schema, encoding="utf-8") as file:
@@ -89,7 +95,9 @@ def describe(plan: PushPlan, unused_images: Mapping[str, str]) -> list[str]:
         f"Shards: {shards}",
     ]
     if any(nulls.values()):
-        lines.append("Null: " + ", ".join(f"{name} in {count} rows" for name, count in nulls.items() if count))
+        lines.append(
+            "Null: " + ", ".join(f"{name} {count}" for name, count in nulls.items() if count) + f" of {rows} rows"
+        )
     for reason, count in Counter(unused_images.values()).items():
         first = next(image for image, why in unused_images.items() if why == reason)
         lines.append(f"Images in no column of this config: {count}, such as {first} ({reason})")
@@ -103,7 +111,7 @@ def push_to_hub(plan: PushPlan, options: argparse.Namespace, builder: datasets.D
         builder_card(builder),
         options={"num_shards": options.num_shards, "max_shard_size": options.max_shard_size},
         private=options.private,
-        private_because=getattr(builder, "PRIVATE_BECAUSE", None),
+        private_because=builder.PRIVATE_BECAUSE,
     )
     repo_id = push.target.repo_id
     if options.abort:
@@ -148,4 +156,8 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Uploads that are in the middle after an error or Ctrl-C are not waited for: a push can be killed anywhere.
+    os._exit(status)

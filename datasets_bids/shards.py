@@ -14,7 +14,7 @@ import gzip
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlparse
@@ -29,6 +29,8 @@ from datasets.formatting import query_table
 from datasets.utils.file_utils import is_local_path, xgetsize
 from datasets.utils.py_utils import convert_file_size_to_int, string_to_dict
 
+from .storage import options_for
+
 
 MAX_CELL_NBYTES = 2**31 - 1 - 2**20
 """A Parquet page is limited to 2^31 - 1 bytes, and one row's values of a column are one page: they and their lengths and levels
@@ -36,6 +38,9 @@ MAX_CELL_NBYTES = 2**31 - 1 - 2**20
 
 SNIFF_BELOW = 64 * 1024
 """Files below this size (bytes) are looked into: git-annex and LFS pointers have 130-300 bytes, error pages a few thousand."""
+
+REMOTE_SAMPLE = 1000
+"""Remote files whose sizes are looked up for an estimate, as many as `datasets` looks at."""
 
 BATCH_ROWS = 10_000
 """Rows whose sizes are looked up at a time."""
@@ -83,6 +88,8 @@ def embedded_nbytes(
     *,
     local_files: bool = True,
     remote_files: bool = True,
+    remote_sample: int | None = None,
+    inspect: Callable[[str], str | None] | None = None,
 ) -> np.ndarray:
     """The size of each row once its files are embedded.
 
@@ -90,6 +97,8 @@ def embedded_nbytes(
         dataset: Any map-style dataset; its format does not matter.
         start, stop: Only rows `[start, stop)`.
         local_files, remote_files: Whether these are to be embedded.
+        remote_sample: Ask for the sizes of this many remote files only (each is a request), and take the mean for the others.
+        inspect: Says of a local file in a column of `Nifti` why it is no image, or None.
 
     Returns:
         int64, one per row: bytes of the embedded files and, roughly, of the other columns.
@@ -99,14 +108,15 @@ def embedded_nbytes(
     """
     stop = len(dataset) if stop is None else stop
     refusals: list[Refusal] = []
-    nbytes = _row_nbytes(dataset, start, stop, refusals, local_files, remote_files)
+    nbytes = _row_nbytes(dataset, start, stop, refusals, local_files, remote_files, remote_sample, inspect)
     raise_refusals(refusals)
     return nbytes
 
 
 def estimate_nbytes(dataset: Dataset) -> int:
-    """The size of the dataset once its files are embedded. Files that cannot be stored count as nothing; no error is raised."""
-    return int(_row_nbytes(dataset, 0, len(dataset), None, True, True).sum())
+    """The size of the dataset once its files are embedded, remote ones by a sample of `REMOTE_SAMPLE`. Files that cannot be stored
+    count as nothing; no error is raised."""
+    return int(_row_nbytes(dataset, 0, len(dataset), None, True, True, REMOTE_SAMPLE).sum())
 
 
 def plan_shards(
@@ -221,6 +231,8 @@ def value_nbytes(
     token_per_repo_id: dict | None = None,
     local_files: bool = True,
     remote_files: bool = True,
+    remote_size: Callable[[str, dict | None], int] | None = None,
+    inspect: Callable[[str], str | None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sizes of a leaf's values and which of them have to be read from a file.
 
@@ -260,8 +272,12 @@ def value_nbytes(
             sizes[i] = (
                 _local_size(local, isinstance(leaf.feature, Nifti) and refusals is not None, refusals is not None)
                 if local is not None
-                else xgetsize(path, download_config=download_config(path, token_per_repo_id))
+                else (remote_size or _remote_size)(path, token_per_repo_id)
             )
+            if inspect is not None and local is not None and isinstance(leaf.feature, Nifti):
+                reason = inspect(local)
+                if reason is not None:
+                    refuse(i, path, reason)
         except _Unstorable as e:
             refuse(i, path, str(e))
         except FileNotFoundError:
@@ -299,19 +315,27 @@ def raise_refusals(refusals: list[Refusal], missing_as: type[Exception] = ValueE
         raise (missing_as if all(r.missing for r in ordered) else ValueError)(count + text)
 
 
+def stored_file(path: str) -> str:
+    """The file that `path` takes its bytes from. Streaming names a compressed file `gzip://a.nii::/b/a.nii.gz`: it is stored as
+    it is, since the bytes of `a.nii` are not those on disk, and their number is not known before they are all inflated."""
+    return re.sub(r"^(gzip|bz2|xz|lz4|zstd)://[^:]*::", "", path)
+
+
 def local_path(path: str) -> str | None:
     """The path in the local file system that `path` names, or None if it has to be opened as a URL (`hf://`, `zip://a::b`, ...)."""
+    path = stored_file(path)
     if path.startswith("file://") and "::" not in path:
         return url2pathname(urlparse(path).path)
     return path if is_local_path(path) else None
 
 
 def download_config(path: str, token_per_repo_id: dict | None) -> DownloadConfig:
-    """The credentials for a URL: `datasets` keeps one token for each repository."""
+    """The credentials for a URL: `datasets` keeps one token for each repository, `storage` the options of each root."""
     source_url = path.split("::")[-1]
     pattern = config.HUB_DATASETS_URL if source_url.startswith(config.HF_ENDPOINT) else config.HUB_DATASETS_HFFS_URL
     fields = string_to_dict(source_url, pattern)
-    return DownloadConfig(token=(token_per_repo_id or {}).get(fields["repo_id"]) if fields is not None else None)
+    token = (token_per_repo_id or {}).get(fields["repo_id"]) if fields is not None else None
+    return DownloadConfig(token=token, storage_options=options_for(path))
 
 
 def refuse_content(head: bytes) -> str | None:
@@ -327,6 +351,24 @@ def refuse_content(head: bytes) -> str | None:
 
 class _Unstorable(Exception):
     pass
+
+
+def _remote_size(path: str, token_per_repo_id: dict | None) -> int:
+    return xgetsize(stored_file(path), download_config=download_config(path, token_per_repo_id))
+
+
+class _Sample:
+    """Asks for the sizes of the first `count` remote files and answers with their mean from then on."""
+
+    def __init__(self, count: int):
+        self._left, self._sizes = count, []
+
+    def __call__(self, path: str, token_per_repo_id: dict | None) -> int:
+        if not self._left:
+            return sum(self._sizes) // max(len(self._sizes), 1)
+        self._left -= 1
+        self._sizes.append(_remote_size(path, token_per_repo_id))
+        return self._sizes[-1]
 
 
 _PAIR_HALF = re.compile(r"\.(img|hdr)(\.gz|\.bz2)?$", re.IGNORECASE)
@@ -364,8 +406,16 @@ def _local_size(path: str, is_nifti: bool, check: bool) -> int:
 
 
 def _row_nbytes(
-    dataset: Dataset, start: int, stop: int, refusals: list[Refusal] | None, local_files: bool, remote_files: bool
+    dataset: Dataset,
+    start: int,
+    stop: int,
+    refusals: list[Refusal] | None,
+    local_files: bool,
+    remote_files: bool,
+    remote_sample: int | None,
+    inspect: Callable[[str], str | None] | None = None,
 ) -> np.ndarray:
+    remote_size = None if remote_sample is None else _Sample(remote_sample)
     table = dataset.data
     others = [name for name, feature in dataset.features.items() if not embeds(feature)]
     # The mean of all rows, so that a row weighs the same in whatever slice it is looked up.
@@ -377,7 +427,7 @@ def _row_nbytes(
         last = min(first + BATCH_ROWS, stop)
         batch = query_table(table, slice(first, last), indices=dataset._indices)
         for leaf in table_leaves(batch, dataset.features, first):
-            sizes, _ = value_nbytes(leaf, refusals, None, local_files, remote_files)
+            sizes, _ = value_nbytes(leaf, refusals, None, local_files, remote_files, remote_size, inspect)
             np.add.at(nbytes, leaf.rows - start, sizes)
     return nbytes
 

@@ -44,6 +44,7 @@ from .embed import (
 )
 from .patching import Patch
 from .shards import (
+    REMOTE_SAMPLE,
     Shard,
     embedded_nbytes,
     embeds,
@@ -123,7 +124,7 @@ def _embed_array_storage(original: Callable) -> Callable:
         array, feature, token_per_repo_id=None, local_files: bool = True, remote_files: bool = True
     ):
         if not _only_files(feature):
-            return original(array, feature, **_known(original, locals()))
+            return original(array, feature, **_known(locals()))
         options = {"token_per_repo_id": token_per_repo_id, "local_files": local_files, "remote_files": remote_files}
         if not isinstance(array, pa.ChunkedArray):
             return _in_pieces(array, feature, **options)
@@ -142,7 +143,7 @@ def _embed_table_storage(original: Callable) -> Callable:
     def embed_table_storage(table, token_per_repo_id=None, local_files: bool = True, remote_files: bool = True):
         features = Features.from_arrow_schema(table.schema)
         if not _only_files(features) or not embeds(features):
-            return original(table, **_known(original, locals()))
+            return original(table, **_known(locals()))
         options = {"token_per_repo_id": token_per_repo_id, "local_files": local_files, "remote_files": remote_files}
         schema = features.arrow_schema
         columns = []
@@ -161,10 +162,12 @@ def _embed_table_storage(original: Callable) -> Callable:
     return embed_table_storage
 
 
-def _known(function: Callable, values: dict) -> dict:
-    """Those of the embedding options in `values` that `function` takes: 4.4.1 has only the token."""
-    names = ("token_per_repo_id", "local_files", "remote_files")
-    return {name: values[name] for name in names if name in inspect.signature(function).parameters}
+_OPTIONS = set(inspect.signature(datasets.table.embed_table_storage).parameters)
+
+
+def _known(values: dict) -> dict:
+    """Those of the embedding options in `values` that this release has: 4.4.1 has only the token."""
+    return {name: values[name] for name in ("token_per_repo_id", "local_files", "remote_files") if name in _OPTIONS}
 
 
 # Sizes, and Parquet from a dataset
@@ -201,7 +204,7 @@ def _write_parquet(original: Callable) -> Callable:
             "write_page_index": self.write_page_index,
             **parquet_writer_kwargs,
         }
-        row_nbytes = embedded_nbytes(dataset, **files)
+        row_nbytes = embedded_nbytes(dataset, **files, remote_sample=REMOTE_SAMPLE)
         written = 0
         with (
             parquet_writer(file_obj, dataset.features, row_nbytes, **options) as writer,
@@ -245,7 +248,7 @@ class _PlannedDataset(Dataset):
 
 
 def _plan(dataset: Dataset, max_shard_size: Any, num_shards: int | None, num_proc: int | None, **files: bool) -> list:
-    sizes = embedded_nbytes(dataset, **files)
+    sizes = embedded_nbytes(dataset, **files, remote_sample=REMOTE_SAMPLE)
     plan = plan_shards(sizes, max_shard_size, num_shards)
     if num_shards is None and len(plan) < (num_proc or 1):
         plan = plan_shards(sizes, num_shards=num_proc)
@@ -332,7 +335,10 @@ class _EmbeddingIterable(IterableDataset):
                     with tempfile.NamedTemporaryFile(suffix=".parquet", delete=False) as file:
                         paths.append(file.name)
                     stack.callback(Path(file.name).unlink, missing_ok=True)
-                writers = [stack.enter_context(_RowWriter(path, self.features, self._embed_files)) for path in paths]
+                writers = [
+                    stack.enter_context(_RowWriter(path, self.features, self._embed_files, self._token_per_repo_id))
+                    for path in paths
+                ]
                 for k, row in enumerate(_rows(source)):
                     writers[k % len(writers)].write(row)
                 for writer in writers:
@@ -508,15 +514,19 @@ def _weight(value: Any) -> int:
     if isinstance(value, dict):
         return sum(map(_weight, value.values()))
     if isinstance(value, list | tuple):
-        return sum(map(_weight, value))
+        first = next((x for x in value if x is not None), None)
+        # Numbers are not looked at one by one: tokenized text has hundreds in every row.
+        return 8 * len(value) if first is None or isinstance(first, int | float) else sum(map(_weight, value))
     if hasattr(value, "dataobj"):  # a nibabel image
         return int(np.prod(value.shape)) * value.get_data_dtype().itemsize
     return getattr(value, "nbytes", 8)
 
 
-def _bound(writer: ArrowWriter) -> int:
-    typed = writer.pa_writer is not None or (writer.schema and not writer.update_features)
-    return BATCH_NBYTES if typed else INFERENCE_NBYTES
+def _is_too_much(writer: ArrowWriter, nbytes: int) -> bool:
+    if nbytes <= BATCH_NBYTES:
+        return False
+    typed = writer.pa_writer is not None or (writer._features is not None and not writer.update_features)
+    return typed or nbytes > INFERENCE_NBYTES
 
 
 def _flushing(pool: str, flush: str) -> Callable:
@@ -527,7 +537,7 @@ def _flushing(pool: str, flush: str) -> Callable:
         def write(self, item, *args, **kwargs):
             nbytes = _weight(item)
             pending = getattr(self, "_pending_nbytes", 0) if getattr(self, pool) else 0
-            if pending + nbytes > _bound(self) and getattr(self, pool):
+            if pending and _is_too_much(self, pending + nbytes):
                 getattr(self, flush)()
                 pending = 0
             self._pending_nbytes = pending + nbytes
@@ -549,9 +559,9 @@ def _write_batch(original: Callable) -> Callable:
                 weights += np.fromiter(map(_weight, column[:num_rows]), dtype=np.int64, count=num_rows)
             elif num_rows:
                 weights += _weight(column) // num_rows
-        if weights.sum() <= _bound(self) or any(len(column) != num_rows for column in columns.values()):
+        if not _is_too_much(self, weights.sum()) or any(len(column) != num_rows for column in columns.values()):
             return original(self, batch_examples, *args, **kwargs)
-        for start, stop in group_rows(weights, _bound(self)):
+        for start, stop in group_rows(weights, BATCH_NBYTES if self.pa_writer is not None else INFERENCE_NBYTES):
             part = {name: getattr(column, "iloc", column)[start:stop] for name, column in columns.items()}
             original(self, part, *args, **kwargs)
 
@@ -561,9 +571,9 @@ def _write_batch(original: Callable) -> Callable:
 def _write_table(original: Callable) -> Callable:
     @functools.wraps(original)
     def _write_table(self, pa_table, *args, **kwargs):
-        features = self._features if self._features is not None else Features.from_arrow_schema(pa_table.schema)
         sizes = np.full(len(pa_table), pa_table.nbytes // max(len(pa_table), 1), dtype=np.int64)
-        if getattr(self, "embed_local_files", False) and set(features) == set(pa_table.column_names):
+        features = self._features if getattr(self, "embed_local_files", False) else None
+        if features is not None and set(features) == set(pa_table.column_names):
             for leaf in table_leaves(pa_table, features, 0):
                 leaf_sizes, from_file = value_nbytes(leaf, None, remote_files=False)
                 np.add.at(sizes, leaf.rows, np.where(from_file, leaf_sizes, 0))
@@ -692,7 +702,7 @@ PATCHES = (
             _NO_EMBED,
             adds=True,
         )
-        for name in ("Nifti", "Image", "Audio", "Video", "Pdf", "Mesh")
+        for name in ("Nifti", "Image", "Audio", "Video", "Pdf", "Mesh", "BioSequence", "BioStructure")
     ),
     Patch("datasets.table:embed_array_storage", _embed_array_storage, _copies_bytes, _COPIES),
     Patch("datasets.table:embed_table_storage", _embed_table_storage, _copies_bytes, _COPIES),

@@ -84,3 +84,16 @@ def open_file(path: str) -> BinaryIO:
 def version(info: Mapping[str, Any]) -> str:
     """What changes when a remote file does, from what its file system says of it."""
     return " ".join(str(info[key]) for key in _VERSION_KEYS if info.get(key) is not None)
+
+
+def stamp(path: str) -> str:
+    """Changes when the file does: its size and time, or what its file system has instead. Empty for no file."""
+    try:
+        if not is_url(path):
+            stat = os.stat(path)
+            return f"{stat.st_size} {stat.st_mtime_ns}"
+        fs, inner = filesystem(path)
+        info = fs.info(inner)
+        return f"{info['size']} {version(info)}"
+    except FileNotFoundError:
+        return ""

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
@@ -84,6 +85,10 @@ TIMEOUT = 180.0
 
 # A shard whose worker died so often is not tried again: it is probably what kills the worker (out of memory).
 MAX_DEATHS = 3
+
+READ_NBYTES = (
+    8 * 1024**2
+)  # bytes of one request when an example is read back: a whole volume would be held three times
 
 TICK = 0.5  # seconds between two looks at the tasks
 LINE_SECONDS = 60.0  # between two lines of progress where there is no terminal
@@ -336,6 +341,25 @@ class Workers:
             self.executor.shutdown(wait=not failed, cancel_futures=True)
 
 
+def _result(future: concurrent.futures.Future, task: ShardTask) -> Record:
+    """What the task returned; what became of its worker in the words of this module."""
+    try:
+        return future.result()
+    except concurrent.futures.CancelledError:
+        raise PushError("the executor dropped its tasks; start the same command again to go on") from None
+    except Exception as error:
+        if type(error).__name__ == "KilledWorker":  # distributed's, after several workers died of the task
+            raise _deadly(task, task.shard.nbytes) from None
+        raise
+
+
+def _deadly(task: ShardTask, nbytes: int) -> PushError:
+    return PushError(
+        f"workers died again and again while {task.path} ({size(nbytes)}) was in work; they may have run out of memory: give "
+        "them more, or use fewer at a time"
+    )
+
+
 def _die_with_parent() -> None:
     """In a worker process: a killed push must not leave workers that go on uploading."""
 
@@ -359,7 +383,7 @@ def dask_executor(address: str) -> Iterator[concurrent.futures.Executor]:
     except ImportError:
         raise ImportError("--dask needs distributed: pip install 'datasets-bids[dask]'") from None
     try:
-        client = Client(address, timeout=30)
+        client = Client(address, timeout=30, set_as_default=False)
     except (OSError, ValueError) as error:
         raise PushError(f"there is no Dask scheduler at {address}: {_one_line(str(error))}") from None
     with client:
@@ -675,13 +699,19 @@ class HubPush:
         marker = self.work_dir / "creates-repository"
         if not self.check_access():
             marker.touch()  # before, so that --abort knows even if we are killed in between
-            patiently(
-                lambda: self.api.create_repo(
-                    self.target.repo_id, repo_type="dataset", private=self.private, exist_ok=True
-                ),
-                f"creating {self.target.repo_id}",
-            )
+            patiently(self._create_repository, f"creating {self.target.repo_id}")
         self.created_repo = marker.exists()
+
+    def _create_repository(self) -> None:
+        try:
+            self.api.create_repo(self.target.repo_id, repo_type="dataset", private=self.private)
+        except HfHubHTTPError as error:
+            if error.response.status_code != 409:
+                raise
+            try:
+                self._repo_info()  # the answer to the request that created it was lost
+            except RepositoryNotFoundError:
+                raise error from None
 
     def _open_branch(self, state: dict | None) -> None:
         if state is None:
@@ -739,16 +769,16 @@ class HubPush:
                 broken = True
             finished, _ = concurrent.futures.wait(in_flight, TICK, concurrent.futures.FIRST_COMPLETED)
             for future in finished:
-                if isinstance(future.exception(), concurrent.futures.BrokenExecutor):
+                try:
+                    record = _result(future, in_flight[future])
+                except concurrent.futures.BrokenExecutor:
                     broken = True
                     continue
-                task = in_flight.pop(future)
-                try:
-                    record = future.result()
-                except BaseException:
+                except Exception:
                     for other in in_flight:
                         other.cancel()
                     raise
+                task = in_flight.pop(future)
                 if not task.record.exists():  # a worker on another machine
                     _write_json(task.record, asdict(record))
                 self.records[task.path] = record
@@ -758,10 +788,7 @@ class HubPush:
                 for task in in_flight.values():
                     deaths[task.path] += 1
                     if deaths[task.path] >= MAX_DEATHS:
-                        raise PushError(
-                            f"the worker that embeds {task.path} ({size(nbytes[task.path])}) died {MAX_DEATHS} times; it may have "
-                            "run out of memory: give it more, or smaller shards"
-                        )
+                        raise _deadly(task, nbytes[task.path])
                 logger.warning(f"a worker died; {len(in_flight)} shards are done again")
                 queue.extendleft(task.path for task in reversed(in_flight.values()))
                 in_flight.clear()
@@ -919,20 +946,23 @@ class HubPush:
             shards = self.plan.shards[split]
             for shard, row in ((shards[0], 0), (shards[-1], len(dataset) - 1)):
                 path = self.plan.path_in_repo(split, shard)
-                remote = patiently(
-                    lambda path=path, last=row > 0: self._read_example(path, revision, last), f"reading {path} back"
-                )
-                if not remote.equals(self._local_example(dataset, row)):
-                    raise PushError(f"{repo_id}: row {row} of {path} does not read back as it is on disk")
+                with self._local_example(dataset, row) as example:
+                    remote = patiently(
+                        lambda path=path, last=row > 0: self._read_example(path, revision, last),
+                        f"reading {path} back",
+                    )
+                    pa.default_memory_pool().release_unused()
+                    if not remote.equals(_read_row(example)):
+                        raise PushError(f"{repo_id}: row {row} of {path} does not read back as it is on disk")
 
     def _read_example(self, path: str, revision: str, last: bool):
         fs = HfFileSystem(endpoint=self.api.endpoint, token=self.target.token, skip_instance_cache=True)
         with fs.open(f"datasets/{self.target.repo_id}@{revision}/{path}", "rb", cache_type="none") as file:
-            parquet = pq.ParquetFile(file)
-            group = parquet.read_row_group(parquet.num_row_groups - 1 if last else 0)
-        return group.slice(len(group) - 1 if last else 0, 1)
+            return _read_row(file, last)
 
-    def _local_example(self, dataset: datasets.Dataset, row: int):
+    @contextlib.contextmanager
+    def _local_example(self, dataset: datasets.Dataset, row: int) -> Iterator[str]:
+        """A Parquet file of one row, embedded anew."""
         with tempfile.TemporaryDirectory(dir=self.work_dir) as folder:
             path = os.path.join(folder, "example.parquet")
             if self.embed:
@@ -940,7 +970,8 @@ class HubPush:
                 write_shard(dataset, Shard(0, 1, row, row + 1, nbytes), path)
             else:
                 pq.write_table(dataset.with_format("arrow")[row : row + 1], path)
-            return pq.read_table(path)
+            pa.default_memory_pool().release_unused()
+            yield path
 
     def verify_only(self) -> None:
         """Checks an existing repository against the plan; shards without a record of their SHA-256 are embedded again.
@@ -1060,6 +1091,14 @@ class HubPush:
         except PushError as error:
             return [f"The uploads stay until the Hub collects them ({error})."]
         return [f"Deleted {count} uploads of the unfinished push."] if count else []
+
+
+def _read_row(source: Any, last: bool = False) -> pa.Table:
+    """The first or last row of a Parquet file, and no more than its row group in memory."""
+    local = isinstance(source, str)
+    parquet = pq.ParquetFile(source, pre_buffer=False, memory_map=local, buffer_size=0 if local else READ_NBYTES)
+    group = parquet.read_row_group(parquet.num_row_groups - 1 if last else 0, use_threads=False)
+    return group.slice(len(group) - 1 if last else 0, 1)
 
 
 def push_dataset_to_hub(

@@ -7,6 +7,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import datasets
+from huggingface_hub import DatasetCard
 
 from datasets_bids import embed, upload
 
@@ -48,8 +49,10 @@ def push(tree: str, repo_id: str, log: str | None = None, processes: int | None 
     """`push_dataset_to_hub` with a commit on the working branch every three shards and short waits."""
     upload.COMMIT_SHARDS = options.pop("commit_shards", 3)
     upload.PATIENCE = options.pop("patience", 30.0)
+    upload.TIMEOUT = options.pop("timeout", upload.TIMEOUT)
     upload.FIRST_WAIT = 0.05
     options.setdefault("num_shards", 8)
+    options.setdefault("card", DatasetCard("---\n{}\n---\n\n# Phantoms\n"))  # the same in every repository
     if processes:
         initializer = count_embedding if log else None
         with ProcessPoolExecutor(processes, get_context("spawn"), initializer, (log,) if log else ()) as executor:

@@ -225,6 +225,12 @@ def test_files_inside_archives_are_embedded(tmp_path):
     assert embed_array(storage, Nifti()).to_pylist() == [{"bytes": b"zipped bytes", "path": "a.nii"}]
 
 
+def test_compressed_files_of_a_stream_are_stored_as_they_are(files):
+    path = f"gzip://sub-01.nii::{files[0]}"  # as streaming names them
+    storage = pa.array([{"bytes": None, "path": path}], type=Nifti.pa_type)
+    assert embed_array(storage, Nifti()).to_pylist() == [embedded(_as_value(files[0]), Nifti())]
+
+
 def test_local_and_remote_files_on_demand(files):
     storage = pa.array(
         [{"bytes": None, "path": files[0]}, {"bytes": None, "path": "memory://x/y.nii"}], type=Nifti.pa_type
@@ -254,8 +260,9 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch,
         write(dataset, tmp_path / "x.parquet", progress=lambda n: os.truncate(path, new_size))
 
 
-def test_very_large_files_are_mapped_and_checked(tmp_path, monkeypatch):
+def test_large_files_are_mapped_and_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(embed, "MAP_FROM", 5000)
+    monkeypatch.setattr(embed, "GIVE_BACK_FROM", 10_000)
     paths = make_files(tmp_path, [20_000, 100, 7000])
     dataset = Dataset.from_dict({"x": paths}, features=Features({"x": Nifti()}))
     mapped = []

@@ -162,3 +162,20 @@ def test_names_columns_in_structs(tmp_path):
     rows = [{"t1w": [str(tmp_path / "gone.nii")], "note": ""}]
     with pytest.raises(ValueError, match=r"row 0, column 'scan.t1w': .*gone.nii does not exist"):
         embedded_nbytes(Dataset.from_dict({"scan": rows}, features=features))
+
+
+def test_sizes_of_remote_files_can_be_sampled():
+    import fsspec
+
+    fs = fsspec.filesystem("memory")
+    asked = []
+    size = type(fs).size
+    for i in range(5):
+        fs.pipe(f"/sizes/{i}.nii", b"x" * (10 * (i + 1)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(fs), "size", lambda self, path: asked.append(path) or size(self, path))
+        dataset = dataset_of([f"memory://sizes/{i}.nii" for i in range(5)])
+        assert embedded_nbytes(dataset, remote_sample=2).tolist() == [10, 20, 15, 15, 15] and len(asked) == 2
+        assert embedded_nbytes(dataset).tolist() == [10, 20, 30, 40, 50]
+        assert embedded_nbytes(dataset, remote_files=False).tolist() == [0] * 5
+    fs.rm("/sizes", recursive=True)

@@ -6,6 +6,7 @@ The numbers that the project promises (50 killed pushes, 200 schedules of faults
 import hashlib
 import json
 import random
+import re
 import shutil
 import signal
 import time
@@ -194,11 +195,11 @@ def test_a_card_edited_by_hand_keeps_its_prose(hub, client, stock, tree):
     client.run(script(tree, "alice/card", num_shards=2))
     client.run(
         """
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, HfApi
 card = DatasetCard.load("alice/card")
 card.text = "\\n# By hand\\n\\nPlease cite us."
 card.data["license"] = "cc0-1.0"
-card.push_to_hub("alice/card")
+HfApi().upload_file(path_or_fileobj=str(card).encode(), path_in_repo="README.md", repo_id="alice/card", repo_type="dataset")
 """
     )
     client.run(script(tree, "alice/card", num_shards=4))
@@ -235,14 +236,39 @@ def test_dask_makes_the_same_repository(hub, client, tree):
         f"""
 if __name__ == "__script__":
     import hub_scripts
-    from datasets_bids.upload import dask_executor, push_dataset_to_hub
+    from datasets_bids.upload import dask_executor
     from distributed import LocalCluster
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         with dask_executor(cluster.scheduler_address) as executor:
-            push_dataset_to_hub(hub_scripts.dataset({str(tree)!r}), "org/cluster", num_shards=8, executor=executor)
+            hub_scripts.push({str(tree)!r}, "org/cluster", executor=executor)
 """
     )
     assert hub.tree("alice/cluster") == hub.tree("org/cluster")
+
+
+def test_a_killed_dask_worker_is_no_loss(hub, client, stock, tree):
+    pytest.importorskip("distributed")
+    hub.set_faults(Fault("lfs_upload", kind="slow", seconds=0.7, count=8))
+    client.run(
+        f"""
+if __name__ == "__script__":
+    import hub_scripts, os, signal, threading, time
+    from datasets_bids.upload import dask_executor, push_dataset_to_hub
+    from distributed import LocalCluster
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        pid = cluster.workers[0].pid
+        threading.Timer(1.0, os.kill, (pid, signal.SIGKILL)).start()
+        with dask_executor(cluster.scheduler_address) as executor:
+            push_dataset_to_hub(hub_scripts.dataset({str(tree)!r}), "alice/dask-killed", num_shards=8, executor=executor)
+        assert pid != cluster.workers[0].pid
+"""
+    )
+    assert read(stock, "alice/dask-killed") == truth(tree)
+
+
+def test_there_is_no_cluster(client, tree):
+    status, text = command(client, "alice/nowhere", tree, "--dask", "tcp://127.0.0.1:9")
+    assert status == 1 and "no Dask scheduler at tcp://127.0.0.1:9" in text.splitlines()[-1]
 
 
 def test_a_killed_worker_is_replaced(hub, client, stock, tree):
@@ -256,6 +282,45 @@ def test_a_killed_worker_is_replaced(hub, client, stock, tree):
     workers[0].kill()
     run.result()
     assert read(stock, "alice/killed-worker") == truth(tree)
+
+
+def test_an_embedded_shard_leaves_no_memory_behind(tree, tmp_path):
+    """Without waiting for the garbage collector: a push embeds hundreds of shards, and few objects that would call it."""
+    import gc
+    import weakref
+
+    from datasets_bids import embed, hub
+    from tests import hub_scripts
+
+    kept = []
+
+    class Arena(embed.Arena):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            kept.append(weakref.ref(self))
+
+    plan = hub.plan_push({"train": hub_scripts.dataset(str(tree))}, num_shards=1)
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(embed, "Arena", Arena)
+            embed.write_shard(plan.splits["train"], plan.shards["train"][0], str(tmp_path / "x.parquet"))
+        assert kept and not any(arena() for arena in kept)
+    finally:
+        gc.enable()
+
+
+def test_the_method_of_a_bids_dataset(hub, client, stock, tree):
+    client.run(
+        f"""
+from datasets_bids import BidsDataset
+schema = {{"t1w": {{"path": "{{subject}}/t1w.nii", "optional": True}}}}
+ds = BidsDataset.from_bids({str(tree)!r}, schema)
+ds.push_to_hub("alice/method", num_shards=2, private=True)
+assert ds.info.splits["train"].num_examples == {ROWS - 1} and ds.info.download_size > ds.info.dataset_size > 0
+"""
+    )
+    assert len([path for path in hub.tree("alice/method") if path.startswith("data/")]) == 2
 
 
 def test_paths_alone(hub, client, tree, stock):
@@ -410,6 +475,22 @@ def test_uploads_that_the_hub_dropped_are_made_again(hub, client, stock, tree):
     assert read(stock, "alice/dropped") == truth(tree)
 
 
+def test_interrupted_from_the_keyboard(hub, client, tree):
+    hub.set_faults(Fault("lfs_upload", kind="slow", skip=3, count=99, seconds=3))
+    code = "from datasets_bids import push\nimport os, sys\n"
+    schema = client.folder / "t1w.yaml"
+    schema.write_text("schema:\n  t1w: {path: '{subject}/t1w.nii', optional: true}\n")
+    args = ["bids", "--data-dir", str(tree), "--schema", str(schema), "--repo-id", "alice/ctrl-c", "--num-shards", "8"]
+    run = client.start(code + f"status = push.main({args!r}); sys.stderr.flush(); os._exit(status)")
+    wait_for(hub, "lfs_upload", run, 4)
+    start = time.monotonic()
+    run.kill_group(signal.SIGINT)
+    assert run.wait() == 130 and "goes on where it stopped" in run.text and "Traceback" not in run.text
+    assert time.monotonic() - start < 2.5
+    hub.set_faults()
+    client.run(code + f"assert push.main({args!r}) == 0")
+
+
 def test_two_pushes_at_once(hub, client, tree):
     with Client(hub.env(), client.folder / "second", imports="hub_scripts") as other:
         other.run("")  # has imported all it needs
@@ -450,7 +531,9 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.route}-{fault.kind}-{fault.status}-{fault.skip}")
 def test_faults_are_outlived(hub, client, tree, fault):
-    repo_id = f"alice/outlived-{fault.route}-{fault.kind}-{fault.status}-{fault.skip}".replace("_", "-")
+    repo_id = (
+        f"alice/outlived-{fault.route.replace('_', '-')}-{fault.kind[:5]}-{fault.status}-{fault.skip}-{fault.count}"
+    )
     hub.set_faults(fault)
     client.run(script(tree, repo_id))
     assert hub.pending_faults() == 0
@@ -458,6 +541,25 @@ def test_faults_are_outlived(hub, client, tree, fault):
     assert_atomic(hub, repo_id, hub.tree(repo_id))
     assert set(uploads(hub).values()) == {1}
     assert hub.refs(repo_id).keys() == {"refs/heads/main"}
+
+
+def test_a_connection_that_went_dead_is_given_up(hub, client, tree):
+    hub.set_faults(
+        *(Fault(route, kind="slow", seconds=30) for route in ("whoami", "lfs_upload", "commit", "paths_info"))
+    )
+    start = time.monotonic()
+    client.run(script(tree, "alice/dead", timeout=0.5))
+    assert time.monotonic() - start < 20
+    assert sorted(hub.tree("alice/dead")) == [".gitattributes", "README.md", *SHARDS]
+
+
+def test_a_full_disk_is_said_first(hub, client, tree):
+    run = client.start(
+        "from datasets_bids import upload\nfrom types import SimpleNamespace\n"
+        "upload.shutil.disk_usage = lambda path: SimpleNamespace(free=1000)\n" + script(tree, "alice/full")
+    )
+    assert run.wait() == 1 and "1.0 kB are free" in run.text
+    assert not hub.log("preupload")
 
 
 def test_a_lost_answer_opens_no_second_pull_request(hub, client, tree):
@@ -655,8 +757,9 @@ def test_the_command(hub, client, stock, tree):
     status, text = command(client, "alice/command", tree, "--max-shard-size", "30KB", "--num-proc", "2")
     assert status == 0, text
     lines = text.splitlines()
-    assert lines[0] == f"Found {ROWS} subjects" and "Done and verified: " in text
+    assert f"Found {ROWS} subjects" in lines and "Done and verified: " in text
     assert lines[-1] == "Load it with load_dataset('alice/command')"
+    assert re.search(r"^embedded (\S+ kB) and uploaded \1 of \1, (\d+) of \2 shards$", text, re.MULTILINE)
     found = stock.run(
         "import datasets, hashlib\nds = datasets.load_dataset('alice/command', split='train').cast_column('t1w', datasets.Nifti(decode=False))\n"
         "result = {r['subject_id']: r['t1w'] and hashlib.sha256(r['t1w']['bytes']).hexdigest() for r in ds}"
@@ -664,3 +767,183 @@ def test_the_command(hub, client, stock, tree):
     assert found == {subject: files[0] for subject, files in truth(tree).items()}
     status, text = command(client, "alice/command", tree, "--abort")
     assert status == 0 and "nothing was done" in text
+
+
+# -- the full numbers ----------------------------------------------------------------------------------------------------
+
+
+def report(capsys, text: str) -> None:
+    with capsys.disabled():
+        print(f"\n{text}")
+
+
+@pytest.mark.deep
+def test_fifty_killed_pushes(hub, client, stock, tree, tmp_path, capsys):
+    """Each is killed once to four times, by turns of one worker and of two, and then left to end."""
+    for workers in (1, 2):
+        client.run(script(tree, f"alice/fifty-{workers}"))
+    hub.clear_log()
+    rng = random.Random(50)
+    kills = embedded_again = 0
+    for number in range(50):
+        workers = 1 + number % 2
+        repo_id, log = f"org/fifty-{number}", tmp_path / f"log-{number}"
+        moments = [rng.uniform(0.02, 0.45) + (workers > 1) * rng.uniform(0, 0.9) for _ in range(rng.randint(1, 4))]
+        hits = kill_and_resume(hub, client, tree, repo_id, log, moments, processes=None if workers == 1 else workers)
+        assert hub.tree(repo_id) == hub.tree("alice/fifty-1")
+        assert_resumed_well(hub, log, hits, workers)
+        assert_atomic(hub, repo_id, hub.tree(repo_id))
+        assert hub.refs(repo_id).keys() == {"refs/heads/main"}
+        assert read(stock, repo_id) == truth(tree)
+        kills += hits
+        embedded_again += len(log.read_text().split()) - 8
+        hub.clear_log()
+    report(capsys, f"50 pushes, {kills} kills, {embedded_again} shards embedded again, none uploaded twice")
+
+
+def schedule(rng: random.Random) -> list[Fault]:
+    """A handful of faults, from passing ones to a Hub that is down for longer than the push's patience."""
+    routes = [
+        "whoami repo_info auth_check create_repo branch refs tree resolve cdn preupload lfs_batch lfs_upload lfs_verify",
+        "commit commit commit lfs_upload lfs_verify validate_yaml *",
+    ]
+    faults = []
+    for _ in range(rng.randint(1, 4)):
+        kind = rng.choice(["status"] * 6 + ["reset", "lost", "lost", "truncate", "slow", "reset_upload"])
+        status = rng.choice([429, 429, 500, 502, 503, 504, 409, 412, 503, 500, 401, 403, 413, 404])
+        faults.append(
+            Fault(
+                rng.choice(" ".join(routes).split()),
+                kind=kind,
+                status=status,
+                count=rng.choice([1, 1, 1, 2, 2, 3, 30]) if kind != "slow" else 1,
+                skip=rng.choice([0, 0, 1, 2, 3, 4, 6]),
+                retry_after=rng.choice([None, None, 1, 2]) if status == 429 else None,
+                seconds=rng.uniform(0.1, 2),
+            )
+        )
+    return faults
+
+
+@pytest.mark.deep
+def test_two_hundred_schedules_of_faults(tmp_path, capsys):
+    """Every one ends in the right repository, or in one clear line with the old state intact. Six servers at a time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    old, new = make_tree(tmp_path / "old", rows=5, seed=1), make_tree(tmp_path / "new")
+    seeds = iter(range(200))
+
+    def one(seed: int, hub: HubServer, client: Client, stock: Client) -> str:
+        rng = random.Random(seed)
+        repo_id = f"alice/schedule-{seed}"
+        replaces = rng.random() < 0.5
+        if replaces:
+            client.run(script(old, repo_id, num_shards=3))
+        hub.set_faults(*schedule(rng))
+        status, text = command(client, repo_id, new, "--num-shards", "8")
+        hub.set_faults()
+        if status == 0:
+            assert read(stock, repo_id) == truth(new)
+            assert len(data_of(hub, repo_id)) == 8
+            return "right"
+        errors = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert status == 1 and len(errors) == 1 and "Traceback" not in text, text
+        if replaces:
+            # The push may have been cut off after its commit, while it was checking it.
+            assert len(data_of(hub, repo_id)) in (3, 8)
+            assert read(stock, repo_id) == truth(old if len(data_of(hub, repo_id)) == 3 else new)
+        elif hub.exists(repo_id):
+            assert len(data_of(hub, repo_id)) in (0, 8)
+        command(client, repo_id, new, "--num-shards", "8", check=True)
+        assert read(stock, repo_id) == truth(new)
+        return errors[0]
+
+    def worker(number: int) -> dict[int, str]:
+        folder, outcomes = tmp_path / f"worker-{number}", {}
+        with (
+            HubServer(folder / "server") as hub,
+            Client(hub.env(), folder / "client", imports="hub_scripts") as client,
+            Client(hub.env(home=folder / "stock"), folder / "stock", imports="datasets, hashlib") as stock,
+        ):
+            for seed in seeds:
+                try:
+                    outcomes[seed] = one(seed, hub, client, stock)
+                except Exception as error:
+                    outcomes[seed] = f"FAILED {error!r}"
+                    hub.set_faults()
+        return outcomes
+
+    with ThreadPoolExecutor(6) as pool:
+        outcomes = {seed: text for found in pool.map(worker, range(6)) for seed, text in found.items()}
+    assert len(outcomes) == 200
+    failed = {seed: text for seed, text in outcomes.items() if text.startswith("FAILED")}
+    assert not failed, "\n".join(f"{seed}: {text}" for seed, text in failed.items())
+    right = sum(text == "right" for text in outcomes.values())
+    report(
+        capsys,
+        f"200 schedules: {right} ended in the right repository, {200 - right} in one line and were gone on with",
+    )
+
+
+def data_of(hub: HubServer, repo_id: str) -> list[str]:
+    return [path for path in hub.tree(repo_id) if path.startswith("data/")]
+
+
+def make_big_tree(folder: Path, rows: int, nbytes: int) -> Path:
+    """Volumes that gzip could not make smaller, one a row."""
+    rng = np.random.default_rng(3)
+    block = rng.bytes(nbytes)
+    for row in range(rows):
+        (folder / f"sub-{row:03d}").mkdir(parents=True)
+        header = nib.Nifti1Image(np.zeros((1000, 500, nbytes // 10**6), "int16"), np.eye(4)).header
+        with open(folder / f"sub-{row:03d}" / "t1w.nii", "wb") as file:
+            file.write(header.binaryblock + b"\0\0\0\0" + row.to_bytes(4, "little") + block[4:])
+    return folder
+
+
+@pytest.mark.deep
+def test_memory_and_disk_of_two_hundred_rows_of_40_mb(hub, client, tmp_path, capsys):
+    import psutil
+
+    rows, nbytes, shard = 200, 40_000_000, 500_000_000
+    tree = make_big_tree(tmp_path / "big", rows, nbytes)
+    try:
+        for workers in (1, 2):
+            repo_id, disk, memory = f"alice/big-{workers}", 0, 0
+            run = client.start(
+                script(tree, repo_id, num_shards=None, max_shard_size=shard, num_proc=workers, patience=600)
+            )
+            work = Path(hub.env()["HF_HOME"], "datasets-bids")
+            while psutil.pid_exists(run.pid) and psutil.Process(run.pid).status() != psutil.STATUS_ZOMBIE:
+                try:
+                    process = psutil.Process(run.pid)
+                    tree_of = [process, *process.children(recursive=True)]
+                    memory = max(memory, *(p.memory_info().rss for p in tree_of))
+                    disk = max(disk, sum(p.stat().st_size for p in work.glob(f"*big-{workers}*/shards/*")))
+                except (psutil.NoSuchProcess, FileNotFoundError):
+                    pass
+                time.sleep(0.02)
+            run.result()
+            report(
+                capsys,
+                f"{workers} workers: peak RSS of a process {memory / 1e6:.0f} MB, disk {disk / shard:.2f} shards",
+            )
+            assert memory <= 2.5 * nbytes + 250e6 + 150e6
+            assert disk <= (workers + 2) * shard
+            assert len([path for path in hub.tree(repo_id) if path.startswith("data/")]) == 17
+            shutil.rmtree(hub.root / "datasets" / "alice" / f"big-{workers}" / "lfs")
+    finally:
+        shutil.rmtree(tree)
+
+
+@pytest.mark.deep
+def test_902_shards_take_few_commits(hub, client, stock, tmp_path):
+    tree = tmp_path / "arc"
+    for row in range(902):
+        (tree / f"sub-{row:03d}").mkdir(parents=True)
+        image = nib.Nifti1Image(np.full((4, 4, 4), row, "int16"), np.eye(4))
+        nib.save(image, tree / f"sub-{row:03d}" / "t1w.nii")
+    client.run(script(tree, "alice/arc", num_shards=902, commit_shards=100, patience=300))
+    assert len([path for path in hub.tree("alice/arc") if path.startswith("data/")]) == 902
+    assert len(hub.log("commit")) <= 12
+    assert len(read(stock, "alice/arc")) == 902

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.decode [--mb 300]
 
-Every figure is the median of three runs, each in a process of its own: the time from the stored bytes to what was asked for, and
-the most memory that was in use for it beyond the stored bytes themselves (resident, measured by the system).
+Every figure is the median of three runs, each in a process of its own: the time from the stored bytes to what was
+asked for, and the most memory that was in use for it beyond the stored bytes (resident, as the system counts it).
 """
 
 import argparse
