@@ -146,7 +146,9 @@ def _parse_name(
     if datatype:
         del others[len(others) - 1 - others[::-1].index(datatype)]
     # tpl-MNI152/cohort-1/: the file's name says it again
-    others = [place for place in others if "-" not in place or entities.get(place.split("-")[0]) != place.split("-", 1)[1]]
+    others = [
+        place for place in others if "-" not in place or entities.get(place.split("-")[0]) != place.split("-", 1)[1]
+    ]
     kind = [piece for piece in extension.split(".") if piece not in ("nii", "gz", "bz2", "zst")]
     for key, pieces in (("place", others), ("words", words), ("kind", kind)):
         if pieces:
@@ -196,7 +198,7 @@ def _names(datasets: Iterable[str]) -> dict[str, str]:
     last = [dataset.rpartition("/")[2].lower() for dataset in datasets]
     names = {}
     for dataset, short in zip(datasets, last, strict=True):
-        unique = last.count(short) == 1 and short not in ("default", "group")
+        unique = last.count(short) == 1 and short not in ("default", "group", "data")
         name = (dataset.rpartition("/")[2] if unique else dataset.replace("/", "-")) or "default"
         # `datasets` makes a directory of a config's name.
         names[_unique("".join("_" if c in '<>:|?*"\\' else c for c in name), names)] = dataset
@@ -319,7 +321,9 @@ def _filter(config: Any, images: list[Image]) -> tuple[list[Image], dict[str, st
         for label in wanted:
             if label not in found:
                 shown = ", ".join(found[:10]) + (f" and {len(found) - 10} more" if len(found) > 10 else "")
-                raise SchemaError(f"{key}: no image of {label!r}{did_you_mean(label, found)} (there are {shown or 'none'})")
+                raise SchemaError(
+                    f"{key}: no image of {label!r}{did_you_mean(label, found)} (there are {shown or 'none'})"
+                )
         left_out |= {image.path: f"left out by {key}=" for image in images if get(image) not in wanted}
         images = [image for image in images if get(image) in wanted]
     if not images:
@@ -443,7 +447,9 @@ def _tables(dataset: str, row: str, index: Index) -> list[dict[str, Any]]:
     if "participants.tsv" in index.tree[dataset]:
         tables.append({"path": _literal(_inside(dataset, "participants.tsv"))})
     sessions = Pattern(_literal(_inside(dataset, "")) + "{subject}/{subject}_sessions.tsv", anchored=True)
-    if row != "subject" and any(sessions.match(file.path) for file in index.files if file.path.endswith("_sessions.tsv")):
+    if row != "subject" and any(
+        sessions.match(file.path) for file in index.files if file.path.endswith("_sessions.tsv")
+    ):
         tables.append({"path": sessions.text})
     return tables
 

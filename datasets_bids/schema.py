@@ -215,6 +215,7 @@ class Match(NamedTuple):
     path: str  # relative to the root
     captures: dict[str, str]
 
+
 # One row a kind of column: the key that tells it, the keys that may stand beside that.
 _KINDS = {
     "path": {"many", "optional"},

@@ -274,6 +274,8 @@ def value_nbytes(
                 if local is not None
                 else (remote_size or _remote_size)(path, token_per_repo_id)
             )
+            if local is None and sizes[i] == 0 and refusals is not None:
+                raise _Unstorable("is empty (0 bytes): get it again, or set the value to None")
             if inspect is not None and local is not None and isinstance(leaf.feature, Nifti):
                 reason = inspect(local)
                 if reason is not None:

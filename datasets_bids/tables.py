@@ -250,7 +250,9 @@ def _description(described: Any) -> str | None:
     parts = [str(described.get("Description") or described.get("LongName") or "").strip().rstrip(".")]
     levels = described.get("Levels")
     if isinstance(levels, Mapping):
-        of = {level: text.get("Description", "") if isinstance(text, Mapping) else text for level, text in levels.items()}
+        of = {
+            level: text.get("Description", "") if isinstance(text, Mapping) else text for level, text in levels.items()
+        }
         parts.append("levels: " + ", ".join(f"{level} = {text}" if text else str(level) for level, text in of.items()))
     if described.get("Units"):
         parts.append(f"unit: {described['Units']}")
@@ -357,9 +359,7 @@ def _identifier(value: Any, kind: str) -> str | None:
     return text if text.startswith(_IDENTIFIERS[kind]) else _IDENTIFIERS[kind] + text
 
 
-def read_table(
-    path: str, sheet: str | None = None, opener: Callable[[str], BinaryIO] = open_file
-) -> pd.DataFrame:
+def read_table(path: str, sheet: str | None = None, opener: Callable[[str], BinaryIO] = open_file) -> pd.DataFrame:
     """Reads a table with its first line as the header.
 
     Args:
@@ -374,7 +374,8 @@ def read_table(
     Raises:
         ValueError: names the file and what is wrong with it
     """
-    extension = path[path.rfind(".") :].lower()
+    name = path.partition("::")[0]  # of zip://participants.tsv::/data/ds.zip
+    extension = name[name.rfind(".") :].lower()
     try:
         if extension in (".tsv", ".csv"):
             with opener(path) as file:
@@ -382,7 +383,7 @@ def read_table(
         elif extension == ".xlsx":
             with opener(path) as file:
                 table = pd.read_excel(
-                    file,
+                    io.BytesIO(file.read()),
                     sheet_name=0 if sheet is None else sheet,
                     dtype=object,
                     keep_default_na=False,
@@ -426,9 +427,7 @@ def _value(cell: Any) -> Any:
     return None if pd.isna(cell) else cell
 
 
-def _typed(
-    cells: Mapping[Key, Cell], variable: Variable, described: Any = None
-) -> tuple[str, dict[Key, Any]]:
+def _typed(cells: Mapping[Key, Cell], variable: Variable, described: Any = None) -> tuple[str, dict[Key, Any]]:
     """The type of a column and its values by row key; a value that is not of the type is null, with a warning."""
     values = {
         key: variable.labels.get(str(cell.value), cell.value) if cell.value is not None else None

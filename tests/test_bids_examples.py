@@ -139,7 +139,8 @@ def images_on_disk(root):
     return {
         str(path.relative_to(root))
         for path in root.rglob("*")
-        if path.name.endswith(NIFTI_EXTENSIONS) and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        if path.name.endswith(NIFTI_EXTENSIONS)
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
     }
 
 
@@ -194,7 +195,9 @@ def test_subjects_entities_and_inheritance_are_those_of_pybids(name):
     sidecars = {}
     for row in rows:
         for column in [column for column in row if f"{column}_json" in row]:
-            images, texts = (value if isinstance(value, list) else [value] for value in (row[column], row[f"{column}_json"]))
+            images, texts = (
+                value if isinstance(value, list) else [value] for value in (row[column], row[f"{column}_json"])
+            )
             sidecars |= dict(zip(images, texts, strict=True))
     for path in cells(built):
         theirs = layout.get_file(path)

@@ -51,7 +51,14 @@ def cells(built):
 # (path, subject, session, datatype, entities, suffix)
 PATHS = [
     ("sub-1/anat/sub-1_T1w.nii.gz", "sub-1", None, "anat", {}, "T1w"),
-    ("sub-1/ses-2/func/sub-1_ses-2_task-a_run-01_bold.nii", "sub-1", "ses-2", "func", {"task": "a", "run": "01"}, "bold"),
+    (
+        "sub-1/ses-2/func/sub-1_ses-2_task-a_run-01_bold.nii",
+        "sub-1",
+        "ses-2",
+        "func",
+        {"task": "a", "run": "01"},
+        "bold",
+    ),
     ("sub-1/T1.nii", "sub-1", None, "", {}, "T1"),
     ("masks/sub-1_ses-2_lesion.nii", "sub-1", "ses-2", "", {"place": "masks"}, "lesion"),
     ("A/R1/sub-1/ses-2/anat/sub-1_ses-2_T1w.nii", "sub-1", "ses-2", "anat", {"place": "A_R1"}, "T1w"),
@@ -123,7 +130,10 @@ def test_rows_of_sessions_and_of_subjects(tmp_path):
 def test_rows_of_files(tmp_path):
     paths = ["sub-1/dwi/sub-1_dir-AP_run-1_dwi.nii", "sub-1/ses-2/anat/sub-1_ses-2_T1w.nii"]
     write_volumes(tmp_path, paths)
-    write(tmp_path, {"dwi.bval": "0 1", "T1w.json": "{}", "participants.tsv": "participant_id\tage\nsub-1\t3\nsub-2\t4\n"})
+    write(
+        tmp_path,
+        {"dwi.bval": "0 1", "T1w.json": "{}", "participants.tsv": "participant_id\tage\nsub-1\t3\nsub-2\t4\n"},
+    )
     built, rows = build(tmp_path, row="file", sidecars=True)
     assert list(built.features) == [
         *("subject_id", "session_id", "path", "age", "datatype", "suffix", "dir", "run", "image", "bval", "json")
@@ -229,7 +239,9 @@ def test_tables(tmp_path, caplog):
 
 
 def test_filters(tmp_path):
-    paths = [f"sub-{s}/ses-1/{name.format(f'sub-{s}_ses-1')}.nii" for s in "12" for name in ("anat/{}_T1w", "func/{}_bold")]
+    paths = [
+        f"sub-{s}/ses-1/{name.format(f'sub-{s}_ses-1')}.nii" for s in "12" for name in ("anat/{}_T1w", "func/{}_bold")
+    ]
     paths += ["sub-2/ses-2/anat/sub-2_ses-2_acq-a_T1w.nii", "sub-2/ses-2/anat/sub-2_ses-2_acq-b_T1w.nii"]
     write_volumes(tmp_path, paths)
     write(tmp_path, {"participants.tsv": "participant_id\tage\nsub-1\t1\nsub-2\t2\nsub-3\t3\n"})
@@ -271,8 +283,12 @@ def test_splits(tmp_path):
 
 
 def test_a_tree_without_images_says_what_is_there(tmp_path):
-    write(tmp_path, {"sub-1/meg/sub-1_meg.fif": "", "sub-1/micr/sub-1_sample-A_SEM.ome.tif": "", "participants.tsv": ""})
-    with pytest.raises(ValueError, match=r"no NIfTI image under .*3 files \(.fif, .tif, .tsv\), 1 of them images") as e:
+    write(
+        tmp_path, {"sub-1/meg/sub-1_meg.fif": "", "sub-1/micr/sub-1_sample-A_SEM.ome.tif": "", "participants.tsv": ""}
+    )
+    with pytest.raises(
+        ValueError, match=r"no NIfTI image under .*3 files \(.fif, .tif, .tsv\), 1 of them images"
+    ) as e:
         load_dataset("bids", data_dir=tmp_path)
     assert "\n" not in str(e.value)
 

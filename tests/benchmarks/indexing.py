@@ -51,7 +51,11 @@ def make_tree(root: Path, subjects: int) -> None:
     """12 files a subject, half of them images."""
     root.mkdir()
     (root / "dataset_description.json").write_text('{"Name": "benchmark", "BIDSVersion": "1.9.0"}')
-    names = {"anat": ["T1w", "T2w"], "dwi": ["dwi"], "func": ["task-rest_run-1_bold", "task-rest_run-2_bold", "task-a_bold"]}
+    names = {
+        "anat": ["T1w", "T2w"],
+        "dwi": ["dwi"],
+        "func": ["task-rest_run-1_bold", "task-rest_run-2_bold", "task-a_bold"],
+    }
     for number in range(subjects):
         for datatype, suffixes in names.items():
             directory = root / f"sub-{number:04d}" / datatype
@@ -64,7 +68,9 @@ def make_tree(root: Path, subjects: int) -> None:
 def measure(code: str, root: Path, repeat: int) -> list:
     runs = []
     for _ in range(repeat):
-        done = subprocess.run([sys.executable, "-c", code + TIMED, root], stdout=subprocess.PIPE, check=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code + TIMED, root], stdout=subprocess.PIPE, check=True, text=True
+        )
         runs.append(json.loads(done.stdout.splitlines()[-1]))
     return min(runs)
 
