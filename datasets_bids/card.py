@@ -27,10 +27,14 @@ def builder_card(builder: datasets.DatasetBuilder) -> DatasetCard:
             return DatasetCard.load(readme, ignore_metadata_errors=False)
         except (ValueError, yaml.YAMLError) as e:
             raise ValueError(f"{readme}: its YAML header cannot be read ({e})") from e
-    columns = "\n".join(f"| `{name}` | `{feature}` |" for name, feature in (builder.info.features or {}).items())
+    descriptions = getattr(builder, "descriptions", {})
+    columns = "\n".join(
+        f"| `{name}` | `{feature}` | {' '.join(descriptions.get(name, '').replace('|', '/').split())} |"
+        for name, feature in (builder.info.features or {}).items()
+    )
     return DatasetCard(
         "---\ntags:\n- medical\n- neuroimaging\n---\n\n# Brain images\n\nMade from a BIDS tree with datasets-bids.\n\n"
-        f"| column | type |\n|---|---|\n{columns}\n"
+        f"| column | type | |\n|---|---|---|\n{columns}\n"
     )
 
 

@@ -27,7 +27,6 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, config
 from datasets.features.features import FeatureType
 from datasets.formatting import query_table
-from datasets.utils.file_utils import xopen
 
 from .shards import (
     Leaf,
@@ -46,6 +45,7 @@ from .shards import (
     stored_file,
     value_nbytes,
 )
+from .storage import open_file
 
 
 ROW_GROUP_NBYTES = 32 * 1000**2
@@ -310,7 +310,7 @@ def _read_into(
         f = (
             open(local, "rb", buffering=0)
             if local is not None
-            else xopen(stored_file(path), "rb", download_config=download_config(path, token_per_repo_id))
+            else open_file(stored_file(path), download_config(path, token_per_repo_id))
         )
         with f:
             before = _state(os.fstat(f.fileno())) if local is not None else None

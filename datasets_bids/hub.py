@@ -26,6 +26,7 @@ from .card import update_card
 from .embed import write_shard
 from .nifti import refuse_image
 from .shards import Shard, embedded_nbytes, plan_shards
+from .storage import stamp
 
 
 # The hidden directory of shards that are not in place yet; load_dataset looks into no hidden directory.
@@ -168,9 +169,7 @@ def fingerprint(dataset: datasets.Dataset, shard: Shard) -> str:
     for row in (row for batch in rows.to_batches(max_chunksize=16) for row in batch.to_pylist()):
         digest.update(repr(row).encode(errors="surrogateescape"))
         for path in _paths(row):
-            if os.path.exists(path):
-                stat = os.stat(path)
-                digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+            digest.update(stamp(path).encode())
     return digest.hexdigest()[:32]
 
 

@@ -16,6 +16,10 @@ import datasets.load
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from . import __version__, _loaded
+from .bids import BidsConfig
+from .index import index_tree
+from .layout import find_configs
+from .storage import is_url
 
 
 def find_script(path: str | os.PathLike) -> str | None:
@@ -48,8 +52,12 @@ def _declares_bids_builder(script: str) -> bool:
     return any(getattr(base, "attr", getattr(base, "id", None)) == "BidsBuilder" for base in bases)
 
 
-def wrap(original):
-    """`dataset_module_factory` that answers `bids` and local builder directories before `original` does."""
+def wrap(original, lists_configs: bool = False):
+    """`dataset_module_factory` that answers `bids` and local builder directories before `original` does.
+
+    Args:
+        lists_configs (`bool`): look into the tree for what configs `bids` has, as the functions of `datasets.inspect` ask
+    """
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -59,19 +67,27 @@ def wrap(original):
         if path == "bids":
             module_path, code_hash, base_path, name = f"{__package__}.bids", __version__, "", "bids"
         else:
-            script = None if "://" in os.fspath(path) or arguments.get("revision") else find_script(path)
+            script = None if is_url(os.fspath(path)) or arguments.get("revision") else find_script(path)
             if script is None:
                 return original(*args, **kwargs)
             module_path, code_hash = _loaded.module_name(script)
             base_path, name = os.path.split(script)
             name = name.removesuffix(".py")
         builder_kwargs = {"base_path": base_path, "dataset_name": name}
+        parameters = datasets.load.BuilderConfigsParameters()
         data_dir = arguments.get("data_dir")
         if data_dir is not None:
-            if "://" in os.fspath(data_dir):
-                raise ValueError(f"data_dir={data_dir!r}: only local directories can be read")
-            builder_kwargs["data_dir"] = os.path.abspath(os.path.expanduser(os.fspath(data_dir)))
-        return datasets.load.DatasetModule(module_path, f"{code_hash}-{__version__}", builder_kwargs)
+            data_dir = os.fspath(data_dir)
+            if not is_url(data_dir):
+                data_dir = os.path.abspath(os.path.expanduser(data_dir))
+            builder_kwargs["data_dir"] = data_dir
+            if path == "bids" and lists_configs:
+                options = getattr(arguments.get("download_config"), "storage_options", None)
+                configs = [BidsConfig(name=config) for config in find_configs(index_tree(data_dir, options))]
+                parameters = datasets.load.BuilderConfigsParameters(
+                    builder_configs=configs or None, default_config_name=configs[0].name if configs else None
+                )
+        return datasets.load.DatasetModule(module_path, f"{code_hash}-{__version__}", builder_kwargs, parameters)
 
     dataset_module_factory._datasets_bids = True
     return dataset_module_factory
@@ -88,10 +104,10 @@ def install() -> None:
     original = datasets.load.dataset_module_factory
     if getattr(original, "_datasets_bids", False):
         return
-    wrapped = wrap(original)
+    wrapped, listing = wrap(original), wrap(original, lists_configs=True)
     for module in _holders():
         if module.dataset_module_factory is original:
-            module.dataset_module_factory = wrapped
+            module.dataset_module_factory = listing if module.__name__ == "datasets.inspect" else wrapped
 
 
 def uninstall() -> None:

@@ -35,11 +35,12 @@ from datasets.arrow_dataset import transmit_format
 from datasets.arrow_writer import TypedSequence
 from datasets.features import Features, Nifti
 from datasets.features.features import _visit, cast_to_python_objects, decode_nested_example, encode_nested_example
-from datasets.utils.file_utils import is_local_path, xopen
+from datasets.utils.file_utils import is_local_path
 from numpy.lib import recfunctions
 
 from .patching import Patch
 from .shards import download_config, local_path, refuse_content
+from .storage import open_file
 
 
 if TYPE_CHECKING:
@@ -552,7 +553,7 @@ def decode_example(
         if local is not None:
             image = _load_path(local)
         else:
-            with xopen(path, "rb", download_config=download_config(path, token_per_repo_id)) as f:
+            with open_file(path, download_config(path, token_per_repo_id)) as f:
                 image = _load_stored(StoredFile(f.read(), path))
     else:
         image = _load_stored(StoredFile(bytes_ if isinstance(bytes_, bytes) else bytes(bytes_), path))

@@ -4,6 +4,8 @@ import argparse
 import contextlib
 import os
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,24 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("builder", help="a builder directory, such as builders/isles24, or the name bids")
     parser.add_argument("--data-dir", required=True, help="root of the tree")
-    parser.add_argument("--config", help="name of the builder's config")
+    parser.add_argument("--config", help="name of the builder's config; for bids, of a dataset in the tree")
     parser.add_argument("--schema", help="for bids: a YAML file with schema, row, metadata_from and splits")
+    parser.add_argument("--row", help="for bids: subject, session or file (default: session where there are any)")
+    for what, example in (("subjects", "01"), ("sessions", "baseline"), ("datatypes", "anat"), ("suffixes", "T1w")):
+        parser.add_argument(f"--{what}", nargs="+", metavar=what.upper(), help=f"take only these, such as {example}")
+    parser.add_argument(
+        "--derivatives", nargs="+", metavar="NAME", help="for bids: join the images of these to the rows"
+    )
+    parser.add_argument(
+        "--sidecars", action="store_true", default=None, help="for bids: a column of each image's JSON"
+    )
+    parser.add_argument(
+        "--storage-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="for a data dir in a bucket, such as anon=true; may be given several times",
+    )
     parser.add_argument("--output-dir", help="write the repository into this directory")
     parser.add_argument("--repo-id", help="push to this dataset on the Hub, such as hugging-science/isles24-stroke")
     parser.add_argument("--private", action="store_true", default=None, help="make the repository private")
@@ -80,7 +98,18 @@ def load_builder(options: argparse.Namespace, **kwargs: Any) -> datasets.Dataset
                 raise ValueError(f"{options.schema}: is no YAML ({e})") from e
         if not isinstance(config, dict):
             raise ValueError(f"{options.schema}: expected the keys schema, row, metadata_from and splits")
-    return datasets.load_dataset_builder(options.builder, options.config, **config, **kwargs)
+    for key in ("row", "subjects", "sessions", "datatypes", "suffixes", "derivatives", "sidecars"):
+        if getattr(options, key, None) is not None:
+            config[key] = getattr(options, key)
+    storage_options = {}
+    for option in getattr(options, "storage_option", ()):
+        key, equals, value = option.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--storage-option {option}: expected KEY=VALUE, such as anon=true")
+        storage_options[key] = yaml.safe_load(value)
+    return datasets.load_dataset_builder(
+        options.builder, options.config, storage_options=storage_options or None, **config, **kwargs
+    )
 
 
 def build(options: argparse.Namespace) -> datasets.DatasetBuilder:
@@ -90,12 +119,12 @@ def build(options: argparse.Namespace) -> datasets.DatasetBuilder:
     return builder
 
 
-def describe(plan: PushPlan, unused_images: list[str]) -> list[str]:
+def describe(plan: PushPlan, unused_images: Mapping[str, str]) -> list[str]:
     """What the push will write, a line each."""
     subjects, images, nulls = set(), 0, {}
     for dataset in plan.splits.values():
         table = dataset.data.table
-        subjects.update(table.column("subject_id").to_pylist())
+        subjects.update(table.column("subject_id").drop_null().to_pylist())
         for name, feature in dataset.features.items():
             column = table.column(name)
             nulls[name] = nulls.get(name, 0) + column.null_count
@@ -114,8 +143,9 @@ def describe(plan: PushPlan, unused_images: list[str]) -> list[str]:
         lines.append(
             "Null: " + ", ".join(f"{name} {count}" for name, count in nulls.items() if count) + f" of {rows} rows"
         )
-    if unused_images:
-        lines.append(f"Images in no column of this config: {len(unused_images)}, such as {unused_images[0]}")
+    for reason, count in Counter(unused_images.values()).items():
+        first = next(image for image, why in unused_images.items() if why == reason)
+        lines.append(f"Images in no column of this config: {count}, such as {first} ({reason})")
     return lines
 
 

@@ -12,15 +12,24 @@ A schema is plain data, so it can stand in Python, be passed to `load_dataset("b
 """
 
 import difflib
+import functools
 import re
 import string
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 
-# BIDS: labels are alphanumeric (and "+" since 1.9); an identifier is its entity's key, "-" and the label.
+# BIDS: an identifier is its entity's key, "-" and the label.
 _IDENTIFIERS = {"subject": "sub-", "session": "ses-"}
-_LABEL = "[0-9A-Za-z+]+"
+
+
+@functools.lru_cache
+def bids_schema() -> Any:
+    """The specification of BIDS in machine-readable form, as its maintainers publish it (bidsschematools)."""
+    from bidsschematools.schema import load_schema  # 80 ms, for those who name no pattern
+
+    return load_schema()
 
 
 class SchemaError(ValueError):
@@ -65,7 +74,8 @@ class Pattern:
         regex = self._compile(text)
         self._implicit = self._implicit and "subject" not in self.placeholders
         if self._implicit:
-            regex = f"(?:(?P<subject>sub-{_LABEL})/(?:(?P<session>ses-{_LABEL})/)?)?{regex}"
+            label = bids_schema().objects.formats.label.pattern
+            regex = f"(?:(?P<subject>sub-{label})/(?:(?P<session>ses-{label})/)?)?{regex}"
         self._regex = re.compile(regex)
 
     def __repr__(self):
@@ -96,7 +106,8 @@ class Pattern:
             if name in seen:
                 regex += f"(?P={name})"
             else:
-                inner = _glob_to_regex(glob) if glob else prefix + _LABEL if prefix else "[^/_]+"
+                label = prefix and prefix + bids_schema().objects.formats.label.pattern
+                inner = _glob_to_regex(glob) if glob else label or "[^/_]+"
                 regex += f"(?P<{name}>{inner})"
                 seen.append(name)
         self.placeholders = tuple(seen)
@@ -184,7 +195,26 @@ class CaptureColumn:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
-Column = ImageColumn | CompanionColumn | EntityColumn | CaptureColumn
+@dataclass(frozen=True)
+class ScanColumn:
+    """What `scans.tsv` says of an image."""
+
+    of: str
+    dtype: str
+    values: Mapping[str, Any]  # path of the image relative to the root -> value
+
+
+Column = ImageColumn | CompanionColumn | EntityColumn | CaptureColumn | ScanColumn
+
+
+class Match(NamedTuple):
+    """An image that belongs into a column."""
+
+    column: str
+    rank: int  # of the pattern in its column's order
+    path: str  # relative to the root
+    captures: dict[str, str]
+
 
 # One row a kind of column: the key that tells it, the keys that may stand beside that.
 _KINDS = {

@@ -29,6 +29,8 @@ from datasets.formatting import query_table
 from datasets.utils.file_utils import is_local_path, xgetsize
 from datasets.utils.py_utils import convert_file_size_to_int, string_to_dict
 
+from .storage import options_for
+
 
 MAX_CELL_NBYTES = 2**31 - 1 - 2**20
 """A Parquet page is limited to 2^31 - 1 bytes, and one row's values of a column are one page: they and their lengths and levels
@@ -272,6 +274,8 @@ def value_nbytes(
                 if local is not None
                 else (remote_size or _remote_size)(path, token_per_repo_id)
             )
+            if local is None and sizes[i] == 0 and refusals is not None:
+                raise _Unstorable("is empty (0 bytes): get it again, or set the value to None")
             if inspect is not None and local is not None and isinstance(leaf.feature, Nifti):
                 reason = inspect(local)
                 if reason is not None:
@@ -328,11 +332,12 @@ def local_path(path: str) -> str | None:
 
 
 def download_config(path: str, token_per_repo_id: dict | None) -> DownloadConfig:
-    """The credentials for a URL: `datasets` keeps one token for each repository."""
+    """The credentials for a URL: `datasets` keeps one token for each repository, `storage` the options of each root."""
     source_url = path.split("::")[-1]
     pattern = config.HUB_DATASETS_URL if source_url.startswith(config.HF_ENDPOINT) else config.HUB_DATASETS_HFFS_URL
     fields = string_to_dict(source_url, pattern)
-    return DownloadConfig(token=(token_per_repo_id or {}).get(fields["repo_id"]) if fields is not None else None)
+    token = (token_per_repo_id or {}).get(fields["repo_id"]) if fields is not None else None
+    return DownloadConfig(token=token, storage_options=options_for(path))
 
 
 def refuse_content(head: bytes) -> str | None:

@@ -4,28 +4,33 @@ BIDS, "Data files for participants": one line a participant, `participant_id` fi
 """
 
 import csv
+import io
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import pandas as pd
 from datasets.utils.logging import get_logger
 
 from .index import Index
 from .schema import _IDENTIFIERS, Pattern, SchemaError, did_you_mean
+from .storage import open_file
 
 
 logger = get_logger(__name__)
 
-Key = tuple[str | None, ...]  # (subject,) or (subject, session)
+Key = tuple[str | None, ...]  # (subject,), (subject, session) or (subject, session, path)
 
 _KEYS = ("participant_id", "subject_id")
 _NULLS = {"", "n/a", "N/A"}
 _DTYPES = ("string", "int64", "float64", "bool")
 # A leading zero is part of a name ("007"), not of a number.
 _NAME_OF_DIGITS = re.compile(r"0[0-9]")
+# BIDS, "Tabular files": what a data dictionary says of the form of a column; all other forms are text.
+_FORMATS = {"integer": "int64", "number": "float64", "boolean": "bool"}
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 _NAMED = 10  # how many subjects or cells one warning names
 
@@ -126,15 +131,27 @@ class Metadata:
         dtypes (`dict[str, str]`): column -> `"string"`, `"int64"`, `"float64"` or `"bool"`
         rows (`dict[Key, dict]`): (subject,) or (subject, session) -> column -> value or `None`
         listed (`dict[str, set[Key]]`): table, as `metadata_from` names it -> the rows it lists
+        descriptions (`dict[str, str]`): column -> what the table's data dictionary says: meaning, levels, units
     """
 
     dtypes: dict[str, str] = field(default_factory=dict)
     rows: dict[Key, dict[str, Any]] = field(default_factory=dict)
     listed: dict[str, set[Key]] = field(default_factory=dict)
+    descriptions: dict[str, str] = field(default_factory=dict)
 
     def get(self, key: Key) -> dict[str, Any]:
         """The values of a row: of its session where a table has sessions, of its subject otherwise."""
-        return dict.fromkeys(self.dtypes) | self.rows.get(key[:1], {}) | self.rows.get(key, {})
+        values = dict.fromkeys(self.dtypes) | self.rows.get(key[:1], {})
+        return values | self.rows.get(key[:2], {}) if len(key) > 1 else values
+
+    def rename(self, old: str, new: str) -> None:
+        """Renames a column, in its place."""
+        self.dtypes = {new if name == old else name: dtype for name, dtype in self.dtypes.items()}
+        if old in self.descriptions:
+            self.descriptions[new] = self.descriptions.pop(old)
+        for values in self.rows.values():
+            if old in values:
+                values[new] = values.pop(old)
 
 
 def read_metadata(specs: list[TableSpec], index: Index, by_session: bool) -> Metadata:
@@ -143,29 +160,111 @@ def read_metadata(specs: list[TableSpec], index: Index, by_session: bool) -> Met
     Cells that are empty or `n/a` are null; so are cells that cannot be read as their column's type and per-subject
     tables that cannot be read at all, each with a warning that names the file (and row and column).
 
+    The types are the spec's, else those of the data dictionary beside the table (`participants.json`: levels are text,
+    `Format` may be number, integer or boolean; text where a cell does not fit), else inferred from the cells.
+
     Raises:
         ValueError: a table that cannot be read, that lacks a column or a subject, or that has a subject twice
     """
     metadata = Metadata()
     for spec in specs:
         metadata.listed[spec.path] = listed = set()
-        for name, column in _read_cells(spec, index, by_session, listed).items():
+        dictionary: dict[str, Any] = {}
+        for name, column in _read_cells(spec, index, by_session, listed, dictionary).items():
             variable = spec.columns.get(name) or Variable(name)
+            described = dictionary.get(variable.column)
             if name in metadata.dtypes and name not in spec.columns:
                 name = f"{name} ({PurePosixPath(spec.path).stem.rpartition('_')[2]})"
             if name in metadata.dtypes:
                 raise ValueError(
                     f"{spec.path}: column {name!r} stands in an earlier table too; name it in 'columns' of metadata_from"
                 )
-            dtype, values = _typed(column, variable)
+            dtype, values = _typed(column, variable, described)
             metadata.dtypes[name] = dtype
+            if text := _description(described):
+                metadata.descriptions[name] = text
             for key, value in values.items():
                 metadata.rows.setdefault(key, {})[name] = value
     return metadata
 
 
-def _read_cells(spec: TableSpec, index: Index, by_session: bool, listed: set[Key]) -> dict[str, dict[Key, Cell]]:
-    """Column name in the dataset -> row key -> cell, for all files of a table. Adds the keys to `listed`."""
+def read_scans(index: Index, dataset: str) -> tuple[dict[str, tuple[str, dict[str, Any]]], dict[str, str]]:
+    """What the `scans.tsv` files of a dataset say of its images.
+
+    Args:
+        dataset (`str`): directory of the dataset, relative to the root
+
+    Returns:
+        variable -> (type, path of the image relative to the root -> value); and variable -> its description
+    """
+    prefix = f"{dataset}/" if dataset else ""
+    paths = [file.path for file in index.files if file.path.startswith(prefix) and file.path.endswith("_scans.tsv")]
+    paths = [path for path in paths if index.dataset_of(path) == dataset]
+    index.prefetch(paths)
+    cells: dict[str, dict[Key, Cell]] = {}
+    dictionary: dict[str, Any] = {}
+    for path in paths:
+        try:
+            table = read_table(index.absolute(path), opener=lambda _: index.open(path))
+            if "filename" not in table:
+                raise ValueError(f"{index.absolute(path)} has no column 'filename'")
+        except ValueError as e:
+            logger.warning(f"{e}; its values are null")
+            continue
+        dictionary |= _read_dictionary(path, index)
+        # BIDS: relative to the directory of scans.tsv.
+        directory = path.rpartition("/")[0]
+        for column in set(table.columns) - {"filename"}:
+            for row, name, value in zip(table.index, table["filename"], _column(table, column), strict=True):
+                if name is not None and value is not None:
+                    key = (f"{directory}/{name}",)
+                    cells.setdefault(column, {})[key] = Cell(value, index.absolute(path), row, column)
+    scans = {}
+    for column in sorted(cells):
+        dtype, values = _typed(cells[column], Variable(column), dictionary.get(column))
+        scans[column] = (dtype, {path: value for (path,), value in values.items()})
+    return scans, {column: text for column in scans if (text := _description(dictionary.get(column)))}
+
+
+def _column(table: pd.DataFrame, name: str) -> pd.Series:
+    return table.iloc[:, list(table.columns).index(name)]  # the first, where a header has a name twice
+
+
+def _read_dictionary(path: str, index: Index) -> dict[str, Any]:
+    """The data dictionary of a table: column -> its description."""
+    dictionary: dict[str, Any] = {}
+    for sidecar in reversed(index.companions(path, ".json")):
+        try:
+            described = json.loads(index.read_text(sidecar))
+        except ValueError as e:
+            logger.warning(f"{sidecar}: cannot be read as JSON ({e}); the types of {path} are inferred")
+            continue
+        dictionary |= described if isinstance(described, dict) else {}
+    return dictionary
+
+
+def _description(described: Any) -> str | None:
+    """One line for the card."""
+    if not isinstance(described, Mapping):
+        return None
+    parts = [str(described.get("Description") or described.get("LongName") or "").strip().rstrip(".")]
+    levels = described.get("Levels")
+    if isinstance(levels, Mapping):
+        of = {
+            level: text.get("Description", "") if isinstance(text, Mapping) else text for level, text in levels.items()
+        }
+        parts.append("levels: " + ", ".join(f"{level} = {text}" if text else str(level) for level, text in of.items()))
+    if described.get("Units"):
+        parts.append(f"unit: {described['Units']}")
+    return "; ".join(filter(None, parts)) or None
+
+
+def _read_cells(
+    spec: TableSpec, index: Index, by_session: bool, listed: set[Key], dictionary: dict[str, Any]
+) -> dict[str, dict[Key, Cell]]:
+    """Column name in the dataset -> row key -> cell, for all files of a table. Adds the keys to `listed` and what data
+    dictionaries say to `dictionary`.
+    """
     pattern = Pattern(spec.path, anchored=True)
     matches = [(file.path, match) for file in index.files if (match := pattern.match(file.path)) is not None]
     per_subject = "subject" in pattern.placeholders
@@ -182,16 +281,18 @@ def _read_cells(spec: TableSpec, index: Index, by_session: bool, listed: set[Key
     cells: dict[str, dict[Key, Cell]] = {name: {} for name in spec.columns}
     sources = {variable.column: name for name, variable in spec.columns.items()}
     found, headers = set(), {}
-    for path, captures in matches:
+    index.prefetch(path for path, _ in matches)
+    for relative, captures in matches:
+        path = index.absolute(relative)
         try:
-            table = read_table(index.absolute(path), sheet=spec.sheet)
+            table = read_table(path, sheet=spec.sheet, opener=lambda _: index.open(relative))
         except ValueError as e:
             if not per_subject:
                 raise
             logger.warning(f"{e}; its values are null")
             continue
         headers |= dict.fromkeys(table.columns)
-        path = index.absolute(path)
+        dictionary |= _read_dictionary(relative, index)
         keys = dict(_row_keys(table, spec, path, captures, by_session))
         _refuse_duplicates(keys, listed, path, by_session)
         listed.update(keys.values())
@@ -201,7 +302,7 @@ def _read_cells(spec: TableSpec, index: Index, by_session: bool, listed: set[Key
                 continue
             found.add(source)
             column = cells.setdefault(name, {})
-            for (row, key), value in zip(keys.items(), table[source], strict=True):
+            for (row, key), value in zip(keys.items(), _column(table, source), strict=True):
                 column[key] = Cell(value, path, row, source)
     for source in sources:
         if headers and source not in found:
@@ -258,8 +359,13 @@ def _identifier(value: Any, kind: str) -> str | None:
     return text if text.startswith(_IDENTIFIERS[kind]) else _IDENTIFIERS[kind] + text
 
 
-def read_table(path: str, sheet: str | None = None) -> pd.DataFrame:
+def read_table(path: str, sheet: str | None = None, opener: Callable[[str], BinaryIO] = open_file) -> pd.DataFrame:
     """Reads a table with its first line as the header.
+
+    Args:
+        path (`str`): a local path or a URL
+        sheet (`str`, *optional*): the sheet of an .xlsx file, by default the first
+        opener (*optional*): opens `path` for reading bytes
 
     Returns:
         `pandas.DataFrame`: cells are `str` (in .xlsx also `int`, `float`, `bool` or dates), missing ones `None`. The
@@ -268,14 +374,21 @@ def read_table(path: str, sheet: str | None = None) -> pd.DataFrame:
     Raises:
         ValueError: names the file and what is wrong with it
     """
-    extension = path[path.rfind(".") :].lower()
+    name = path.partition("::")[0]  # of zip://participants.tsv::/data/ds.zip
+    extension = name[name.rfind(".") :].lower()
     try:
         if extension in (".tsv", ".csv"):
-            table = _read_delimited(path, "\t" if extension == ".tsv" else ",")
+            with opener(path) as file:
+                table = _read_delimited(file, "\t" if extension == ".tsv" else ",")
         elif extension == ".xlsx":
-            table = pd.read_excel(
-                path, sheet_name=0 if sheet is None else sheet, dtype=object, keep_default_na=False, engine="openpyxl"
-            )
+            with opener(path) as file:
+                table = pd.read_excel(
+                    io.BytesIO(file.read()),
+                    sheet_name=0 if sheet is None else sheet,
+                    dtype=object,
+                    keep_default_na=False,
+                    engine="openpyxl",
+                )
         else:
             raise ValueError("a table is a .tsv, .csv or .xlsx file")
     except UnicodeDecodeError as e:
@@ -294,10 +407,10 @@ def read_table(path: str, sheet: str | None = None) -> pd.DataFrame:
     return table.dropna(how="all")
 
 
-def _read_delimited(path: str, delimiter: str) -> pd.DataFrame:
+def _read_delimited(file: BinaryIO, delimiter: str) -> pd.DataFrame:
     # pandas.read_csv would shift or cut lines that are longer than the header.
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        header, *lines = list(csv.reader(file, delimiter=delimiter)) or [[]]
+    text = io.StringIO(file.read().decode("utf-8-sig"), newline="")
+    header, *lines = list(csv.reader(text, delimiter=delimiter)) or [[]]
     if not header:
         raise ValueError("the file has no header")
     for row, line in enumerate(lines, start=2):
@@ -314,13 +427,13 @@ def _value(cell: Any) -> Any:
     return None if pd.isna(cell) else cell
 
 
-def _typed(cells: Mapping[Key, Cell], variable: Variable) -> tuple[str, dict[Key, Any]]:
+def _typed(cells: Mapping[Key, Cell], variable: Variable, described: Any = None) -> tuple[str, dict[Key, Any]]:
     """The type of a column and its values by row key; a value that is not of the type is null, with a warning."""
     values = {
         key: variable.labels.get(str(cell.value), cell.value) if cell.value is not None else None
         for key, cell in cells.items()
     }
-    dtype = variable.dtype or _infer_dtype(values.values())
+    dtype = variable.dtype or _described_dtype(described, cells.values()) or _infer_dtype(values.values())
     typed, bad = {}, []
     for key, value in values.items():
         try:
@@ -335,6 +448,23 @@ def _typed(cells: Mapping[Key, Cell], variable: Variable) -> tuple[str, dict[Key
     if len(bad) > _NAMED:
         logger.warning(f"{bad[0].path}, column {bad[0].column!r}: {len(bad) - _NAMED} more such cells")
     return dtype, typed
+
+
+def _described_dtype(described: Any, cells: Iterable[Cell]) -> str | None:
+    if not isinstance(described, Mapping) or not ("Levels" in described or "Format" in described):
+        return None
+    dtype = "string" if "Levels" in described else _FORMATS.get(str(described["Format"]), "string")
+    for cell in cells:
+        try:
+            if cell.value is not None:
+                _convert(cell.value, dtype)
+        except (ValueError, OverflowError):
+            logger.warning(
+                f"{cell.path}, row {cell.row}, column {cell.column!r}: {cell.value!r} is no {described['Format']}, as the "
+                "data dictionary says; the column is text"
+            )
+            return "string"
+    return dtype
 
 
 def _infer_dtype(values: Iterable[Any]) -> str:

@@ -67,6 +67,7 @@ from .card import update_card
 from .embed import write_shard
 from .hub import PushPlan, dataset_info, fingerprint, plan_push, size
 from .shards import Shard, embedded_nbytes
+from .storage import remember, remembered
 
 
 # A working-branch commit is made when so many shards were uploaded since the last one, or after so many seconds: far below
@@ -225,6 +226,7 @@ class ShardTask:
     work_dir: str
     embed: bool
     patience: float
+    storage_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)  # of remote sources
 
     @property
     def stem(self) -> str:
@@ -241,6 +243,8 @@ class ShardTask:
 
 def push_shard(task: ShardTask) -> Record:
     """Embeds and uploads a shard. Goes on with what an earlier call left: a record, or a whole Parquet file."""
+    for root, options in task.storage_options.items():
+        remember(root, options)
     if task.record.exists():
         return Record(**json.loads(task.record.read_text()))
     if not task.parquet.exists():
@@ -660,6 +664,7 @@ class HubPush:
             work_dir=str(self.work_dir),
             embed=self.embed,
             patience=PATIENCE,
+            storage_options=remembered(),
         )
 
     # -- the way through

@@ -89,3 +89,32 @@ def embedded(value, feature):
     data, path = value["bytes"], value["path"]
     data = Path(path).read_bytes() if data is None else data
     return {"bytes": data, "path": None if path is None else os.path.basename(path)}
+
+
+LABELS = st.text(alphabet="abAB01+", min_size=1, max_size=2)
+
+
+@st.composite
+def image_paths(draw):
+    """The path of an image, of BIDS or nearly so: with odd directories, entities, words, suffixes and extensions."""
+    subject = draw(st.one_of(st.none(), st.sampled_from(["1", "2", "A"])))
+    session = draw(st.one_of(st.none(), st.sampled_from(["1", "x"])))
+    top = ["", "derivatives/a/", "derivatives/A+/", "sourcedata/raw/", "site 1/", "derivatives/", "stimuli/", "tpl-x/"]
+    directories = draw(st.sampled_from(top))
+    if subject and draw(st.integers(0, 4)):
+        directories += f"sub-{subject}/"
+        if session and draw(st.integers(0, 4)):
+            directories += f"ses-{session}/"
+    directories += draw(st.sampled_from(["anat/", "func/", "dwi/", "", "own dir/", "anat/deeper/"]))
+    keys = draw(st.lists(st.sampled_from(["task", "acq", "run", "echo", "desc", "space", "odd", "1"]), max_size=3))
+    parts = [f"sub-{subject}"] * bool(subject and draw(st.integers(0, 4))) + [f"ses-{session}"] * bool(session)
+    parts += [f"{key}-{draw(LABELS)}" for key in keys]
+    parts += draw(st.sampled_from([[], [], [], ["word"], ["-"], [""]]))
+    parts += [draw(st.sampled_from(["T1w", "bold", "dwi", "t1W", "3d", "µ"]))] * bool(draw(st.integers(0, 8)))
+    extension = draw(st.sampled_from([".nii.gz", ".nii.gz", ".nii", ".dtseries.nii", ".nii.bz2", ".v2.nii.gz"]))
+    return directories + ("_".join(parts) or "image") + extension
+
+
+def trees():
+    """Paths of the images of a tree, without two that differ in nothing."""
+    return st.lists(image_paths(), min_size=1, max_size=12, unique=True)

@@ -15,8 +15,9 @@ T1W = "{subject}/anat/{subject}_T1w.nii.gz"
 
 
 def rows_of(root, schema, **config):
-    features, rows, unused = build_rows(BidsConfig(schema=schema, **config), index_tree(str(root)))
-    (rows,) = rows.values()
+    build = build_rows(BidsConfig(schema=schema, **config), index_tree(str(root)))
+    features, unused = build.features, list(build.unused_images)
+    (rows,) = build.rows.values()
     for row in rows:
         assert list(row) == list(features)
         for name, value in row.items():
@@ -155,8 +156,10 @@ def test_who_is_only_in_the_table_or_only_has_files_is_reported_and_kept(tmp_pat
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"schema": None}, "no schema: pass schema="),
-        ({"schema": {"t1w": T1W}, "row": "run"}, "row='run' is neither"),
+        ({"schema": {}}, "a schema is a dictionary of columns"),
+        ({"schema": {"t1w": T1W}, "row": "run"}, "row='run' is none of 'subject', 'session'"),
+        ({"schema": {"t1w": T1W}, "row": "file"}, "row='file' is none of"),
+        ({"schema": {"t1w": T1W}, "sidecars": True}, "sidecars= goes without a schema"),
         ({"schema": {"t1w": T1W}, "splits": {}}, "splits is a dictionary"),
         (
             {"schema": {"t1w": "{subject}/anat/{subject}_T1.nii.gz"}},
