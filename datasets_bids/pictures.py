@@ -1,0 +1,273 @@
+"""The preview of a dataset: the same rows, with a picture in the place of each image, small enough for the Hub's viewer.
+
+How it works:
+
+- What a preview shows follows from the features and the builder's `preview` alone, so all shards have the same columns.
+- A shard's preview is made by the worker that embeds the shard, at the same time and from the same files: whichever of the two reads a
+  file first, the other finds it in the page cache.
+- Of a row, masks are read first, since they say which slices of the images are shown. Each image is read once, forward.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features, List, Nifti, Value
+
+from .embed import parquet_writer
+from .montage import UNREADABLE, Mask, Slices, Volume, draw, placeholder
+
+
+ROW_NBYTES = 300_000
+"""Bytes of a row's pictures at most. The Hub's viewer scans at most 300 MB for a page of 100 rows, and no page should take long."""
+
+TEXT_LENGTH = 200
+"""Characters of a text cell that are kept: sidecars and gradient tables are long, and the viewer shows 200 kB of text in all."""
+
+_GROUP_ROWS = 100  # a page of the viewer is one row group, of at most 30 MB
+
+# (column, number in a list)
+_Cell = tuple[str, int]
+
+# How file names and columns say that an image is a mask or a segmentation (BIDS suffixes mask and dseg, and what is used beside them).
+_MASK = re.compile(r"(^|[_-])(mask|msk|dseg|seg|roi|lesion|label)s?$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What is shown of a dataset.
+
+    Attributes:
+        source (`Features`): the dataset's own
+        masks (`frozenset[str]`): columns of masks
+        on (`dict[str, str]`): column of a mask -> column of the image that it is drawn on
+        windows (`dict[str, tuple[float, float]]`): column of an image -> values that are black and white
+    """
+
+    source: Features
+    masks: frozenset[str]
+    on: Mapping[str, str] = field(default_factory=dict)
+    windows: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, splits: Mapping[str, Dataset], spec: Mapping[str, Any] | None = None) -> "Preview | None":
+        """
+        Args:
+            splits (`dict[str, Dataset]`): split -> rows of paths
+            spec (`dict`, *optional*): see `BidsConfig.preview`
+
+        Returns:
+            `Preview`, or `None` if the dataset has no image column
+
+        Raises:
+            ValueError: `spec` names a column that is none of the images
+        """
+        features = next(iter(splits.values())).features
+        images = image_columns(features)
+        if not images:
+            return None
+        on, windows = parse_preview(spec, images)
+        masks = {name for name in images if name in on or _MASK.search(name)}
+        for name in set(images) - masks:
+            stems = {stem for dataset in splits.values() for stem in _stems(dataset, name)}
+            if stems and all(_MASK.search(stem) for stem in stems):
+                masks.add(name)
+        return cls(features, frozenset(masks), on, windows)
+
+    @property
+    def images(self) -> list[str]:
+        return image_columns(self.source)
+
+    @property
+    def features(self) -> Features:
+        """Pictures and scalars in the dataset's order, then what is measured on each image."""
+        features = {}
+        for name, feature in self.source.items():
+            if name in self.images:
+                features[name] = _like(feature, datasets.Image())
+            elif isinstance(feature, Value) or isinstance(feature, List) and isinstance(feature.feature, Value):
+                features[name] = feature
+        measured = {
+            f"{name}_ml": _like(self.source[name], Value("float64")) for name in self.images if name in self.masks
+        }
+        for name in self.images:
+            for key, dtype in (("shape", "string"), ("voxel_mm", "string"), ("nbytes", "int64")):
+                measured[f"{name}_{key}"] = _like(self.source[name], Value(dtype))
+        return Features(features | {name: feature for name, feature in measured.items() if name not in features})
+
+    def row(self, example: Mapping[str, Any], face: bool = False, max_nbytes: int = ROW_NBYTES) -> dict[str, Any]:
+        """The preview of one row.
+
+        Args:
+            example (`dict`): the dataset's row, images not decoded: `{"path", "bytes"}`, `None`, or a list of these
+            face (`bool`): see `montage.draw`
+            max_nbytes (`int`): bytes of all pictures of the row
+
+        Returns:
+            `dict`: a value for each of `features`
+        """
+        cells = {
+            (name, i): value
+            for name in self.images
+            for i, value in enumerate(_values(example[name]))
+            if value is not None
+        }
+        found: dict[_Cell, dict[str, Any]] = {cell: {"nbytes": _nbytes(value)} for cell, value in cells.items()}
+        masks: dict[_Cell, Mask] = {}
+        for cell in [cell for cell in cells if cell[0] in self.masks]:
+            try:
+                masks[cell] = Mask(_decode(cells[cell], found[cell]))
+                found[cell]["ml"] = round(masks[cell].ml, 4)
+            except UNREADABLE as e:
+                found[cell]["picture"] = placeholder(e)
+        base = {cell: (self.on[cell[0]], 0) for cell in masks if (self.on.get(cell[0]), 0) in cells}
+        share = max_nbytes // max(len(cells), 1)
+        for cell, value in cells.items():
+            if cell in base or "picture" in found[cell]:
+                continue
+            labels = cell in masks
+            own = {mask: masks[mask] for mask, image in base.items() if image == cell}
+            centres = [masks[cell].centre] if labels else [mask.centre for mask in own.values()] or [None]
+            # Of several masks on an image, the image itself is shown at the first one that is not empty.
+            centre = next((centre for centre in centres if centre is not None), None)
+            options = {"window": self.windows.get(cell[0]), "max_nbytes": share}
+            try:
+                slices = Slices(_decode(value, found[cell]), [centre, *centres], face and not labels)
+                pictures = {cell: draw(slices, centre=centre, labels=labels, face=face and not labels, **options)}
+                pictures |= {mask: draw(slices, mask=values, **options) for mask, values in own.items()}
+            except UNREADABLE as e:
+                pictures = dict.fromkeys([cell, *own], placeholder(e))
+            for drawn, picture in pictures.items():
+                found[drawn]["picture"] = picture
+        return self._assemble(example, found)
+
+    def _assemble(self, example: Mapping[str, Any], found: Mapping[_Cell, Mapping[str, Any]]) -> dict[str, Any]:
+        row = {}
+        for name in self.features:
+            if name in self.images:
+                row[name] = _with(example[name], name, found, "picture")
+            elif name in example:
+                row[name] = _short(example[name])
+            else:
+                column, key = next(
+                    (name.removesuffix(f"_{key}"), key)
+                    for key in ("ml", "shape", "voxel_mm", "nbytes")
+                    if name.endswith(f"_{key}") and name.removesuffix(f"_{key}") in self.images
+                )
+                row[name] = _with(example[column], column, found, key)
+        return row
+
+    def rows(self, dataset: Dataset, start: int, stop: int, **options: Any) -> Iterator[dict[str, Any]]:
+        """The preview of rows `[start, stop)`, one after the other."""
+        table = dataset.with_format("arrow")
+        for index in range(start, stop):
+            (example,) = table[index : index + 1].to_pylist()
+            yield self.row(example, **options)
+
+    def write(self, dataset: Dataset, start: int, stop: int, path: str) -> None:
+        """Writes the preview of rows `[start, stop)` as one Parquet file. The same files give the same bytes, under one release of
+        Pillow and of pyarrow."""
+        features = self.features
+        # By this the writer takes the rows for small ones, as they are.
+        with parquet_writer(path, features, np.array([ROW_NBYTES])) as writer:
+            rows = []
+            for row in self.rows(dataset, start, stop):
+                rows.append(row)
+                if len(rows) == _GROUP_ROWS:
+                    writer.write_table(_table(rows, features), row_group_size=_GROUP_ROWS)
+                    rows = []
+            if rows or start == stop:
+                writer.write_table(_table(rows, features), row_group_size=_GROUP_ROWS)
+
+
+def parse_preview(
+    spec: Mapping[str, Any] | None, images: list[str]
+) -> tuple[dict[str, str], dict[str, tuple[float, float]]]:
+    """`BidsConfig.preview` as (column of a mask -> column of an image, column of an image -> window).
+
+    Raises:
+        ValueError: names the entry and what is wrong with it
+    """
+    on, windows = {}, {}
+    for name, value in (spec or {}).items():
+        for column in [name, *[value] * isinstance(value, str)]:
+            if column not in images:
+                raise ValueError(f"preview: {column!r} is no column of images (they are {', '.join(images)})")
+        if isinstance(value, str) and value != name:
+            on[name] = value
+        elif isinstance(value, list | tuple) and len(value) == 2 and all(isinstance(v, int | float) for v in value):
+            windows[name] = (float(value[0]), float(value[1]))
+            if value[0] >= value[1]:
+                raise ValueError(f"preview: the window of {name!r} is [black, white] with black < white, not {value}")
+        else:
+            raise ValueError(
+                f"preview: {name!r}: {value!r} is neither the image column that a mask is drawn on nor a window [black, white]"
+            )
+    return on, windows
+
+
+def image_columns(features: Features) -> list[str]:
+    """The columns of `Nifti` and of lists of them."""
+    return [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, Nifti) or isinstance(getattr(feature, "feature", None), Nifti)
+    ]
+
+
+def _stems(dataset: Dataset, name: str) -> Iterator[str]:
+    """The file names of a column, without extensions."""
+    for value in dataset.data.table.column(name).to_pylist():
+        for item in _values(value):
+            if item is not None and item["path"]:
+                yield os.path.basename(item["path"]).split(".")[0]
+
+
+def _like(feature: Any, one: Any) -> Any:
+    return List(one) if isinstance(feature, List) else one
+
+
+def _values(cell: Any) -> list[Any]:
+    return cell if isinstance(cell, list) else [cell]
+
+
+def _with(cell: Any, name: str, found: Mapping[_Cell, Mapping[str, Any]], key: str) -> Any:
+    """`cell` with each of its images replaced by what was found of it."""
+
+    def one(i: int) -> Any:
+        value = found.get((name, i), {}).get(key)
+        return {"bytes": value, "path": f"{name}.jpg"} if key == "picture" and value is not None else value
+
+    return [one(i) for i in range(len(cell))] if isinstance(cell, list) else one(0)
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, str):
+        return value if len(value) <= TEXT_LENGTH else value[: TEXT_LENGTH - 1] + "…"
+    return [_short(item) for item in value] if isinstance(value, list) else value
+
+
+def _decode(value: Mapping[str, Any], found: dict[str, Any]) -> Any:
+    """The image of a cell; what its header says goes into `found`."""
+    image = Nifti().decode_example(value)
+    found["shape"] = "x".join(map(str, image.shape))
+    found["voxel_mm"] = " x ".join(f"{size:.4g}" for size in Volume.of(image).voxel_mm)
+    return image
+
+
+def _nbytes(value: Mapping[str, Any]) -> int | None:
+    if value["bytes"] is not None:
+        return len(value["bytes"])
+    try:
+        return os.path.getsize(value["path"])
+    except OSError:
+        return None  # a remote file
+
+
+def _table(rows: list[dict[str, Any]], features: Features) -> Any:
+    return pa.Table.from_pylist(rows, schema=features.arrow_schema)
