@@ -43,6 +43,9 @@ class BidsConfig(datasets.BuilderConfig):
         splits (`dict[str, str]`, defaults to `{"train": ""}`): split -> its directory, which the schema's patterns are
             relative to.
         release (`str`, *optional*): the release of the dataset that the schema was written for; named in errors.
+        preview (`dict`, *optional*): how images are shown. Column of a mask -> column of the image that it is drawn on;
+            column of an image -> `[black, white]`, values in the image's unit. By default masks are drawn alone, CT in
+            the brain window and everything else between percentiles.
 
     Example:
 
@@ -58,6 +61,7 @@ class BidsConfig(datasets.BuilderConfig):
     metadata_from: str | dict[str, Any] | list[Any] | None = None
     splits: dict[str, str] = field(default_factory=lambda: {"train": ""})
     release: str | None = None
+    preview: dict[str, Any] | None = None
 
 
 class BidsBuilder(datasets.GeneratorBasedBuilder):

@@ -8,10 +8,14 @@ How it works:
 - Of a row, masks are read first, since they say which slices of the images are shown. Each image is read once, forward.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import datasets
@@ -169,20 +173,47 @@ class Preview:
             (example,) = table[index : index + 1].to_pylist()
             yield self.row(example, **options)
 
-    def write(self, dataset: Dataset, start: int, stop: int, path: str) -> None:
-        """Writes the preview of rows `[start, stop)` as one Parquet file. The same files give the same bytes, under one release of
-        Pillow and of pyarrow."""
+    @property
+    def key(self) -> str:
+        """Tells two previews apart that would show something else of the same rows."""
+        said = f"{self.features} {sorted(self.masks)} {sorted(self.on.items())} {sorted(self.windows.items())}"
+        return f"preview-{sha256(said.encode()).hexdigest()[:8]}"
+
+    def write(
+        self, dataset: Dataset, start: int, stop_row: int, path: str, stop: threading.Event | None = None
+    ) -> None:
+        """Writes the preview of rows `[start, stop_row)` as one Parquet file. The same files give the same bytes, under one
+        release of Pillow and of pyarrow.
+
+        Args:
+            stop (`threading.Event`, *optional*): gives up before the next row once it is set
+        """
         features = self.features
         # By this the writer takes the rows for small ones, as they are.
         with parquet_writer(path, features, np.array([ROW_NBYTES])) as writer:
-            rows = []
-            for row in self.rows(dataset, start, stop):
-                rows.append(row)
-                if len(rows) == _GROUP_ROWS:
-                    writer.write_table(_table(rows, features), row_group_size=_GROUP_ROWS)
-                    rows = []
-            if rows or start == stop:
-                writer.write_table(_table(rows, features), row_group_size=_GROUP_ROWS)
+            for first in range(start, max(stop_row, start + 1), _GROUP_ROWS):
+                rows = []
+                for row in self.rows(dataset, first, min(first + _GROUP_ROWS, stop_row)):
+                    if stop is not None and stop.is_set():
+                        raise InterruptedError("the preview was given up")  # or half of it would pass for the whole
+                    rows.append(row)
+                writer.write_table(
+                    pa.Table.from_pylist(rows, schema=features.arrow_schema), row_group_size=_GROUP_ROWS
+                )
+
+
+@contextlib.contextmanager
+def beside(write: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Runs `write` in a thread of its own during the block. If the block fails, the event is set that `write` is given."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1, thread_name_prefix="preview") as thread:
+        written = thread.submit(write, stop)
+        try:
+            yield
+            written.result()
+        except BaseException:
+            stop.set()
+            raise
 
 
 def parse_preview(
@@ -267,7 +298,3 @@ def _nbytes(value: Mapping[str, Any]) -> int | None:
         return os.path.getsize(value["path"])
     except OSError:
         return None  # a remote file
-
-
-def _table(rows: list[dict[str, Any]], features: Features) -> Any:
-    return pa.Table.from_pylist(rows, schema=features.arrow_schema)

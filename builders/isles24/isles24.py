@@ -32,6 +32,11 @@ _OUTCOME = {
 }
 
 
+# Hounsfield units in which contrast medium in vessels, and its passage through tissue, are seen.
+_CTA_WINDOW = [-50, 450]
+_CTP_WINDOW = [0, 150]
+
+
 def _optional(*paths: str) -> dict:
     """An image that the release has for some subjects only."""
     return {"path": list(paths), "optional": True}
@@ -61,6 +66,14 @@ class Isles24(BidsBuilder):
                 "cow_mask": _optional(_CT + "cow-msk.nii.gz"),
             },
             metadata_from=[_BASELINE, _OUTCOME],
+            # The vessel masks are registered to the NCCT, the CTA is not.
+            preview={
+                "lesion_mask": "dwi",
+                "lvo_mask": "ncct",
+                "cow_mask": "ncct",
+                "cta": _CTA_WINDOW,
+                "ctp": _CTP_WINDOW,
+            },
         ),
         BidsConfig(
             name="full",
@@ -92,6 +105,15 @@ class Isles24(BidsBuilder):
                 "native_lesion_mask": _optional("derivatives/{subject}/ses-02/{subject}_ses-02_lesion-msk.nii"),
             },
             metadata_from=[{**_BASELINE, "rest": True}, {**_OUTCOME, "rest": True}],
+            preview={
+                "space_ncct_lesion_mask": "space_ncct_dwi",
+                "space_ncct_lvo_mask": "space_ncct_cta",
+                "space_ncct_cow_mask": "space_ncct_cta",
+                "raw_cta": _CTA_WINDOW,
+                "space_ncct_cta": _CTA_WINDOW,
+                "raw_ctp": _CTP_WINDOW,
+                "space_ncct_ctp": _CTP_WINDOW,
+            },
         ),
         BidsConfig(
             name="mr-lite",
@@ -103,6 +125,7 @@ class Isles24(BidsBuilder):
                 "adc": "Images-ADC/{subject}_{session}_adc.nii.gz",
                 "lesion_mask": "Masks/{subject}_{session}_lesion-msk.nii.gz",
             },
+            preview={"lesion_mask": "dwi"},
         ),
     ]
     DEFAULT_CONFIG_NAME = "default"
