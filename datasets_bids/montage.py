@@ -284,6 +284,16 @@ class Slices:
         inside = self.volume.nearest(centre) if centre is not None else None
         return inside or tuple(n // 2 for n in self.volume.shape)
 
+    def window(self, given: tuple[float, float] | None = None) -> "Window | None":
+        """The values that are black and white; None for a colour image, and where no voxel is a number."""
+        if self.coarse.dtype.names:
+            return None
+        finite = self.coarse[np.isfinite(self.coarse)]
+        if not len(finite):
+            return None
+        hounsfield = is_hounsfield(finite)
+        return Window(*given, "HU" if hounsfield else "") if given else Window.of(finite)
+
     def across(self, axis: int, voxel: tuple[int, int, int]) -> np.ndarray:
         """The slice across a voxel axis, in the image's unit; its axes are the other two in their order."""
         return self.volume.scaled(self._across[axis][voxel[axis]])
@@ -412,7 +422,7 @@ def _draw(slices, mask, centre, labels, window, face) -> Image.Image:
         high = max([finite.max(), *(s[np.isfinite(s)].max(initial=-np.inf) for s in exact)])
         if low == high:
             raise CannotDraw(f"all voxels are {_number(low)}")
-        shades = Window(*window) if window else Window.of(finite)
+        shades = slices.window(window)
         if shades.low >= shades.high:
             shades = Window(float(low), float(high))
         if not labels:
@@ -518,11 +528,11 @@ def _compose(panels: list[_Panel], volume: Volume, notes: list[str]) -> Image.Im
     sizes = [tuple(max(2, round(size * scale)) for size in panel.mm) for panel in panels]
     width = sum(w for w, _ in sizes) + _MARGIN * (len(panels) - 1)
     height = max(h for _, h in sizes)
-    foot = 18 if notes else 0
+    foot = 20 if notes else 0
     width = max(width, 120)
     colour = any(panel.mask is not None or panel.pixels.mode == "RGB" for panel in panels)
     picture = Image.new("RGB" if colour else "L", (width, height + foot), 0)
-    pen, font = ImageDraw.Draw(picture), _font(14)
+    pen, font = ImageDraw.Draw(picture), _font(18)
     doubt = "" if volume.sides_are_known else "?"
     x = 0
     for panel, size in zip(panels, sizes, strict=True):
@@ -543,7 +553,7 @@ def _compose(panels: list[_Panel], volume: Volume, notes: list[str]) -> Image.Im
         x += size[0] + _MARGIN
     if notes:
         fill = (_GREY,) * 3 if colour else _GREY
-        pen.text((3, height + foot / 2), ", ".join(notes), fill=fill, font=_font(12), anchor="lm")
+        pen.text((3, height + foot / 2), ", ".join(notes), fill=fill, font=_font(13), anchor="lm")
     return picture
 
 

@@ -33,7 +33,13 @@ ROW_NBYTES = 300_000
 TEXT_LENGTH = 200
 """Characters of a text cell that are kept: sidecars and gradient tables are long, and the viewer shows 200 kB of text in all."""
 
+MEASURED = {"ml": "float64", "shape": "string", "voxel_mm": "string", "nbytes": "int64"}
+"""What is measured on an image, in columns of its own: the volume of a mask (ml), voxels along each axis, their size, bytes as stored."""
+
 _GROUP_ROWS = 100  # a page of the viewer is one row group, of at most 30 MB
+
+# Images that show a face if it was not removed.
+_ANATOMY = re.compile(r"_(T1w|T2w|T2starw|FLAIR|PDw|PDT2|UNIT1|MP2RAGE|inplaneT[12]|(nc)?ct|cta)$", re.IGNORECASE)
 
 # (column, number in a list)
 _Cell = tuple[str, int]
@@ -97,41 +103,44 @@ class Preview:
             elif isinstance(feature, Value) or isinstance(feature, List) and isinstance(feature.feature, Value):
                 features[name] = feature
         measured = {
-            f"{name}_ml": _like(self.source[name], Value("float64")) for name in self.images if name in self.masks
+            f"{name}_ml": _like(self.source[name], Value(MEASURED["ml"])) for name in self.images if name in self.masks
         }
         for name in self.images:
-            for key, dtype in (("shape", "string"), ("voxel_mm", "string"), ("nbytes", "int64")):
-                measured[f"{name}_{key}"] = _like(self.source[name], Value(dtype))
+            for key in ("shape", "voxel_mm", "nbytes"):
+                measured[f"{name}_{key}"] = _like(self.source[name], Value(MEASURED[key]))
         return Features(features | {name: feature for name, feature in measured.items() if name not in features})
 
-    def row(self, example: Mapping[str, Any], face: bool = False, max_nbytes: int = ROW_NBYTES) -> dict[str, Any]:
-        """The preview of one row.
+    def look(
+        self, example: Mapping[str, Any], faces: bool = False, max_nbytes: int = ROW_NBYTES
+    ) -> dict[tuple[str, int], dict[str, Any]]:
+        """Reads and draws the images of one row.
 
         Args:
             example (`dict`): the dataset's row, images not decoded: `{"path", "bytes"}`, `None`, or a list of these
-            face (`bool`): see `montage.draw`
+            faces (`bool`): with the head's surface beside images of anatomy; see `montage.draw`
             max_nbytes (`int`): bytes of all pictures of the row
 
         Returns:
-            `dict`: a value for each of `features`
+            `dict`: (column, number in a list) -> "picture" (JPEG) and, as far as they are known, "window" (black, white),
+            "centre" (mm, what the slices go through) and the keys of `MEASURED`
         """
-        cells = {
+        values = {
             (name, i): value
             for name in self.images
-            for i, value in enumerate(_values(example[name]))
+            for i, value in enumerate(cells(example[name]))
             if value is not None
         }
-        found: dict[_Cell, dict[str, Any]] = {cell: {"nbytes": _nbytes(value)} for cell, value in cells.items()}
+        found: dict[_Cell, dict[str, Any]] = {cell: {"nbytes": _nbytes(value)} for cell, value in values.items()}
         masks: dict[_Cell, Mask] = {}
-        for cell in [cell for cell in cells if cell[0] in self.masks]:
+        for cell in [cell for cell in values if cell[0] in self.masks]:
             try:
-                masks[cell] = Mask(_decode(cells[cell], found[cell]))
+                masks[cell] = Mask(_decode(values[cell], found[cell]))
                 found[cell]["ml"] = round(masks[cell].ml, 4)
             except UNREADABLE as e:
                 found[cell]["picture"] = placeholder(e)
-        base = {cell: (self.on[cell[0]], 0) for cell in masks if (self.on.get(cell[0]), 0) in cells}
-        share = max_nbytes // max(len(cells), 1)
-        for cell, value in cells.items():
+        base = {cell: (self.on[cell[0]], 0) for cell in masks if (self.on.get(cell[0]), 0) in values}
+        share = max_nbytes // max(len(values), 1)
+        for cell, value in values.items():
             if cell in base or "picture" in found[cell]:
                 continue
             labels = cell in masks
@@ -140,38 +149,37 @@ class Preview:
             # Of several masks on an image, the image itself is shown at the first one that is not empty.
             centre = next((centre for centre in centres if centre is not None), None)
             options = {"window": self.windows.get(cell[0]), "max_nbytes": share}
+            face = faces and not labels and bool(_ANATOMY.search(_stem(value)))
             try:
-                slices = Slices(_decode(value, found[cell]), [centre, *centres], face and not labels)
-                pictures = {cell: draw(slices, centre=centre, labels=labels, face=face and not labels, **options)}
-                pictures |= {mask: draw(slices, mask=values, **options) for mask, values in own.items()}
+                slices = Slices(_decode(value, found[cell]), [centre, *centres], face)
+                pictures = {cell: draw(slices, centre=centre, labels=labels, face=face, **options)}
+                pictures |= {mask: draw(slices, mask=of, **options) for mask, of in own.items()}
+                window = slices.window(options["window"])
+                found[cell] |= {} if window is None or labels else {"window": [window.low, window.high]}
+                for drawn, point in ((cell, centre), *((mask, of.centre) for mask, of in own.items())):
+                    found[drawn] |= {} if point is None else {"centre": point.round(3).tolist()}
             except UNREADABLE as e:
                 pictures = dict.fromkeys([cell, *own], placeholder(e))
             for drawn, picture in pictures.items():
                 found[drawn]["picture"] = picture
-        return self._assemble(example, found)
+        return found
 
-    def _assemble(self, example: Mapping[str, Any], found: Mapping[_Cell, Mapping[str, Any]]) -> dict[str, Any]:
-        row = {}
+    def row(self, example: Mapping[str, Any]) -> dict[str, Any]:
+        """The preview of one row: a value for each of `features`. `example` is as for `look`."""
+        found, row = self.look(example), {}
         for name in self.features:
             if name in self.images:
                 row[name] = _with(example[name], name, found, "picture")
             elif name in example:
-                row[name] = _short(example[name])
+                row[name] = short(example[name])
             else:
                 column, key = next(
                     (name.removesuffix(f"_{key}"), key)
-                    for key in ("ml", "shape", "voxel_mm", "nbytes")
+                    for key in MEASURED
                     if name.endswith(f"_{key}") and name.removesuffix(f"_{key}") in self.images
                 )
                 row[name] = _with(example[column], column, found, key)
         return row
-
-    def rows(self, dataset: Dataset, start: int, stop: int, **options: Any) -> Iterator[dict[str, Any]]:
-        """The preview of rows `[start, stop)`, one after the other."""
-        table = dataset.with_format("arrow")
-        for index in range(start, stop):
-            (example,) = table[index : index + 1].to_pylist()
-            yield self.row(example, **options)
 
     @property
     def key(self) -> str:
@@ -193,10 +201,10 @@ class Preview:
         with parquet_writer(path, features, np.array([ROW_NBYTES])) as writer:
             for first in range(start, max(stop_row, start + 1), _GROUP_ROWS):
                 rows = []
-                for row in self.rows(dataset, first, min(first + _GROUP_ROWS, stop_row)):
+                for example in examples(dataset, first, min(first + _GROUP_ROWS, stop_row)):
                     if stop is not None and stop.is_set():
                         raise InterruptedError("the preview was given up")  # or half of it would pass for the whole
-                    rows.append(row)
+                    rows.append(self.row(example))
                 writer.write_table(
                     pa.Table.from_pylist(rows, schema=features.arrow_schema), row_group_size=_GROUP_ROWS
                 )
@@ -242,6 +250,13 @@ def parse_preview(
     return on, windows
 
 
+def examples(dataset: Dataset, start: int, stop: int) -> Iterator[dict[str, Any]]:
+    """Rows `[start, stop)`, one after the other, images not decoded."""
+    table = dataset.with_format("arrow")
+    for index in range(start, stop):
+        yield table[index : index + 1].to_pylist()[0]
+
+
 def image_columns(features: Features) -> list[str]:
     """The columns of `Nifti` and of lists of them."""
     return [
@@ -254,16 +269,21 @@ def image_columns(features: Features) -> list[str]:
 def _stems(dataset: Dataset, name: str) -> Iterator[str]:
     """The file names of a column, without extensions."""
     for value in dataset.data.table.column(name).to_pylist():
-        for item in _values(value):
+        for item in cells(value):
             if item is not None and item["path"]:
-                yield os.path.basename(item["path"]).split(".")[0]
+                yield _stem(item)
+
+
+def _stem(value: Mapping[str, Any]) -> str:
+    return os.path.basename(value["path"] or "").split(".")[0]
 
 
 def _like(feature: Any, one: Any) -> Any:
     return List(one) if isinstance(feature, List) else one
 
 
-def _values(cell: Any) -> list[Any]:
+def cells(cell: Any) -> list[Any]:
+    """The values of a cell: those of a list, or the one."""
     return cell if isinstance(cell, list) else [cell]
 
 
@@ -277,10 +297,11 @@ def _with(cell: Any, name: str, found: Mapping[_Cell, Mapping[str, Any]], key: s
     return [one(i) for i in range(len(cell))] if isinstance(cell, list) else one(0)
 
 
-def _short(value: Any) -> Any:
+def short(value: Any) -> Any:
+    """A cell of a preview: long text is cut."""
     if isinstance(value, str):
         return value if len(value) <= TEXT_LENGTH else value[: TEXT_LENGTH - 1] + "…"
-    return [_short(item) for item in value] if isinstance(value, list) else value
+    return [short(item) for item in value] if isinstance(value, list) else value
 
 
 def _decode(value: Mapping[str, Any], found: dict[str, Any]) -> Any:

@@ -127,7 +127,7 @@ def push_to_hub(plan: PushPlan, options: argparse.Namespace, builder: datasets.D
         print("\n".join(push.abort()))
     elif options.verify_only:
         push.verify_only()
-        print(f"{repo_id} is what the tree gives: {len(push.sources)} shards, first and last example read back.")
+        print(f"{repo_id} is what the tree gives: {len(push.shards)} shards, first and last example read back.")
     else:
         with dask_executor(options.dask) if options.dask else contextlib.nullcontext() as executor:
             commit = push.run(Workers(options.num_proc, executor))
