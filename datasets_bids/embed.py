@@ -58,6 +58,10 @@ READ_NBYTES = 8 * 1024**2
 MAP_FROM = 1000**2
 """Files from this size (bytes) on are mapped if they are the only value of their leaf; below it, setting up costs more than it gives."""
 
+GIVE_BACK_FROM = 128 * 1000**2
+"""Mapped files from this size (bytes) on give their pages back while they are copied. The Parquet encoder holds a value twice; with
+the mapped pages a row would exceed 2.5 x its size + 250 MB from 190 MB on."""
+
 CDC_BELOW = 1024**2
 """Content-defined chunking is on if rows are smaller than this (bytes; the largest chunk pyarrow cuts). Above it every value is a page
 of its own either way, and looking for the cuts costs a third of the throughput."""
@@ -150,7 +154,10 @@ def embed_array(
         values = build(pc.list_flatten(array), inner, column, np.repeat(rows, lengths))
         return _as_lists(array, lengths, values)
 
-    return build(array, feature, column, rows)
+    try:
+        return build(array, feature, column, rows)
+    finally:
+        build = None  # it refers to itself: a cycle that would keep the arena until the garbage collector comes by
 
 
 class Arena:
@@ -199,8 +206,8 @@ class _MappedFile:
             self.map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         self._state = _state(status)
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._give_back, name="give-back", daemon=True)
-        self._thread.start()
+        if nbytes >= GIVE_BACK_FROM:
+            threading.Thread(target=self._give_back, name="give-back", daemon=True).start()
 
     def _give_back(self) -> None:
         while not self._done.wait(0.01):
@@ -208,7 +215,6 @@ class _MappedFile:
 
     def stop(self) -> None:
         self._done.set()
-        self._thread.join()
 
     def check(self) -> None:
         """Raise if the file is no longer what it was when it was mapped."""

@@ -27,6 +27,7 @@ from huggingface_hub import DatasetCard
 from . import __version__
 from .card import is_preview, remove_config, update_card
 from .embed import write_shard
+from .nifti import refuse_image
 from .pictures import Preview, beside
 from .shards import Shard, embedded_nbytes, plan_shards
 
@@ -86,7 +87,7 @@ def plan_push(
     num_shards: int | None = None,
     preview: Mapping[str, Any] | None = None,
 ) -> PushPlan:
-    """Measures every file and plans the shards. Reads no volume.
+    """Measures every file, looks at every image's header, and plans the shards. Reads no volume.
 
     Args:
         preview (`dict`, *optional*): see `BidsConfig.preview`, `{}` if it says nothing; without it no pictures are made
@@ -94,7 +95,14 @@ def plan_push(
     Raises:
         ValueError: files that cannot be stored, all of them by name
     """
-    nbytes = {split: embedded_nbytes(dataset) for split, dataset in splits.items()}
+    nbytes, refused = {}, []
+    for split, dataset in splits.items():
+        try:
+            nbytes[split] = embedded_nbytes(dataset, inspect=refuse_image)
+        except ValueError as e:
+            refused.append(f"split {split!r}: {e}" if len(splits) > 1 else str(e))
+    if refused:
+        raise ValueError("\n".join(refused))
     shards = {split: plan_shards(nbytes[split], max_shard_size, num_shards) for split in splits}
     largest_row = max((int(sizes.max()) for sizes in nbytes.values() if len(sizes)), default=0)
     shown = None if preview is None else Preview.of(splits, preview)

@@ -306,6 +306,19 @@ def _load_stored(file: StoredFile) -> "nib.Nifti1Image":
     return image
 
 
+def refuse_image(path: str) -> Optional[str]:
+    """Why the local file at `path`, once it is embedded, would be no image, or `None`. Inflates no more than the header."""
+    try:
+        file = StoredFile(path)
+        _load_stored(file)
+    except (ValueError, OSError) as e:
+        return str(e).removeprefix(path).lstrip(": ")
+    nbytes = os.path.getsize(path)
+    if file.compression is None and nbytes < file.expected_nbytes:
+        return f"is cut off: it has {nbytes} of {file.expected_nbytes} bytes; fetch or convert it again"
+    return None
+
+
 def _load_path(path: str) -> "nib.spatialimages.SpatialImage":
     """The image at a local `path`: as `nibabel.load` has it, or by its content if its name does not say what it is."""
     import nibabel as nib

@@ -156,7 +156,8 @@ def _reduce(obj: Any) -> tuple:
 
 
 def _rebuild(rebuild: Callable, args: tuple) -> Any:
-    apply()
+    # To find this function a worker process imports the package, which applies the patches. Not more than that: every
+    # `Dataset.features` is a deep copy and comes through here.
     return rebuild(*args)
 
 

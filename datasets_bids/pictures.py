@@ -8,10 +8,13 @@ How it works:
 - Of a row, masks are read first, since they say which slices of the images are shown. Each image is read once, forward.
 """
 
+import base64
 import contextlib
+import html
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -35,6 +38,8 @@ TEXT_LENGTH = 200
 
 MEASURED = {"ml": "float64", "shape": "string", "voxel_mm": "string", "nbytes": "int64"}
 """What is measured on an image, in columns of its own: the volume of a mask (ml), voxels along each axis, their size, bytes as stored."""
+
+_THUMBNAILS = 3  # of a list, in a cell of a table
 
 _GROUP_ROWS = 100  # a page of the viewer is one row group, of at most 30 MB
 
@@ -208,6 +213,47 @@ class Preview:
                 writer.write_table(
                     pa.Table.from_pylist(rows, schema=features.arrow_schema), row_group_size=_GROUP_ROWS
                 )
+
+
+def as_table(dataset: Dataset, max_rows: int = 4, seconds: float = 3.0) -> str:
+    """A table of the first rows in HTML, with thumbnails of the images.
+
+    Args:
+        max_rows (`int`): no more rows than these
+        seconds (`float`): once so much time has passed, images of further rows are named and not drawn, since a notebook waits
+    """
+    preview = Preview.of({"": dataset}) if image_columns(dataset.features) else None
+    start, lines = time.monotonic(), []
+    for example in examples(dataset, 0, min(max_rows, len(dataset))):
+        drawn = preview is not None and time.monotonic() - start < seconds
+        found = preview.look(example, max_nbytes=100_000) if drawn else {}
+        line = []
+        for name, cell in example.items():
+            if preview is None or name not in preview.images:
+                line.append(html.escape("" if cell is None else str(short(cell))))
+                continue
+            values = [(i, value) for i, value in enumerate(cells(cell)) if value is not None]
+            items = [_thumbnail(found.get((name, i), {}), value) for i, value in values[:_THUMBNAILS]]
+            line.append("".join(items) + (f"… {len(values)} in all" if len(values) > _THUMBNAILS else ""))
+        lines.append("<tr>" + "".join(f"<td>{text}</td>" for text in line) + "</tr>")
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in dataset.features)
+    rest = f", the first {len(lines)} of them shown" if len(lines) < len(dataset) else ""
+    return (
+        f'<div style="overflow-x:auto"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        f"<p>{len(dataset)} rows{rest}, {len(dataset.features)} columns</p>"
+    )
+
+
+def _thumbnail(image: Mapping[str, Any], value: Mapping[str, Any]) -> str:
+    name = html.escape(os.path.basename(value["path"] or "image"), quote=True)
+    if "picture" not in image:
+        return name
+    facts = ", ".join(str(image[key]) for key in ("shape", "voxel_mm") if key in image)
+    return f'<img src="{data_url(image["picture"])}" alt="{name}" title="{name} {facts}" style="height:64px;max-width:none">'
+
+
+def data_url(picture: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(picture).decode()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """`python -m datasets_bids.preview BUILDER --data-dir TREE`: a page to look at a dataset before it is pushed."""
 
 import argparse
-import base64
 import html
 import http.server
 import json
@@ -21,7 +20,7 @@ import datasets
 from datasets.utils import tqdm
 
 from .hub import size
-from .pictures import Preview, cells, examples, image_columns, short
+from .pictures import Preview, cells, data_url, examples, image_columns, short
 from .push import build
 
 
@@ -120,10 +119,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return short(value) if isinstance(value, str | int | float | bool | list | None) else str(value)
-
-
-def data_url(picture: bytes) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(picture).decode()
 
 
 class Server(http.server.ThreadingHTTPServer):

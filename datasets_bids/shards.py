@@ -87,6 +87,7 @@ def embedded_nbytes(
     local_files: bool = True,
     remote_files: bool = True,
     remote_sample: int | None = None,
+    inspect: Callable[[str], str | None] | None = None,
 ) -> np.ndarray:
     """The size of each row once its files are embedded.
 
@@ -95,6 +96,7 @@ def embedded_nbytes(
         start, stop: Only rows `[start, stop)`.
         local_files, remote_files: Whether these are to be embedded.
         remote_sample: Ask for the sizes of this many remote files only (each is a request), and take the mean for the others.
+        inspect: Says of a local file in a column of `Nifti` why it is no image, or None.
 
     Returns:
         int64, one per row: bytes of the embedded files and, roughly, of the other columns.
@@ -104,7 +106,7 @@ def embedded_nbytes(
     """
     stop = len(dataset) if stop is None else stop
     refusals: list[Refusal] = []
-    nbytes = _row_nbytes(dataset, start, stop, refusals, local_files, remote_files, remote_sample)
+    nbytes = _row_nbytes(dataset, start, stop, refusals, local_files, remote_files, remote_sample, inspect)
     raise_refusals(refusals)
     return nbytes
 
@@ -228,6 +230,7 @@ def value_nbytes(
     local_files: bool = True,
     remote_files: bool = True,
     remote_size: Callable[[str, dict | None], int] | None = None,
+    inspect: Callable[[str], str | None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sizes of a leaf's values and which of them have to be read from a file.
 
@@ -269,6 +272,10 @@ def value_nbytes(
                 if local is not None
                 else (remote_size or _remote_size)(path, token_per_repo_id)
             )
+            if inspect is not None and local is not None and isinstance(leaf.feature, Nifti):
+                reason = inspect(local)
+                if reason is not None:
+                    refuse(i, path, reason)
         except _Unstorable as e:
             refuse(i, path, str(e))
         except FileNotFoundError:
@@ -403,6 +410,7 @@ def _row_nbytes(
     local_files: bool,
     remote_files: bool,
     remote_sample: int | None,
+    inspect: Callable[[str], str | None] | None = None,
 ) -> np.ndarray:
     remote_size = None if remote_sample is None else _Sample(remote_sample)
     table = dataset.data
@@ -416,7 +424,7 @@ def _row_nbytes(
         last = min(first + BATCH_ROWS, stop)
         batch = query_table(table, slice(first, last), indices=dataset._indices)
         for leaf in table_leaves(batch, dataset.features, first):
-            sizes, _ = value_nbytes(leaf, refusals, None, local_files, remote_files, remote_size)
+            sizes, _ = value_nbytes(leaf, refusals, None, local_files, remote_files, remote_size, inspect)
             np.add.at(nbytes, leaf.rows - start, sizes)
     return nbytes
 

@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
@@ -85,6 +86,10 @@ TIMEOUT = 180.0
 
 # A shard whose worker died so often is not tried again: it is probably what kills the worker (out of memory).
 MAX_DEATHS = 3
+
+READ_NBYTES = (
+    8 * 1024**2
+)  # bytes of one request when an example is read back: a whole volume would be held three times
 
 TICK = 0.5  # seconds between two looks at the tasks
 LINE_SECONDS = 60.0  # between two lines of progress where there is no terminal
@@ -986,20 +991,23 @@ class HubPush:
             shards = self.plan.shards[split]
             for shard, row in ((shards[0], 0), (shards[-1], len(dataset) - 1)):
                 path = self.plan.path_in_repo(split, shard)
-                remote = patiently(
-                    lambda path=path, last=row > 0: self._read_example(path, revision, last), f"reading {path} back"
-                )
-                if not remote.equals(self._local_example(dataset, row)):
-                    raise PushError(f"{repo_id}: row {row} of {path} does not read back as it is on disk")
+                with self._local_example(dataset, row) as example:
+                    remote = patiently(
+                        lambda path=path, last=row > 0: self._read_example(path, revision, last),
+                        f"reading {path} back",
+                    )
+                    pa.default_memory_pool().release_unused()
+                    if not remote.equals(_read_row(example)):
+                        raise PushError(f"{repo_id}: row {row} of {path} does not read back as it is on disk")
 
     def _read_example(self, path: str, revision: str, last: bool):
         fs = HfFileSystem(endpoint=self.api.endpoint, token=self.target.token, skip_instance_cache=True)
         with fs.open(f"datasets/{self.target.repo_id}@{revision}/{path}", "rb", cache_type="none") as file:
-            parquet = pq.ParquetFile(file)
-            group = parquet.read_row_group(parquet.num_row_groups - 1 if last else 0)
-        return group.slice(len(group) - 1 if last else 0, 1)
+            return _read_row(file, last)
 
-    def _local_example(self, dataset: datasets.Dataset, row: int):
+    @contextlib.contextmanager
+    def _local_example(self, dataset: datasets.Dataset, row: int) -> Iterator[str]:
+        """A Parquet file of one row, embedded anew."""
         with tempfile.TemporaryDirectory(dir=self.work_dir) as folder:
             path = os.path.join(folder, "example.parquet")
             if self.embed:
@@ -1007,7 +1015,8 @@ class HubPush:
                 write_shard(dataset, Shard(0, 1, row, row + 1, nbytes), path)
             else:
                 pq.write_table(dataset.with_format("arrow")[row : row + 1], path)
-            return pq.read_table(path)
+            pa.default_memory_pool().release_unused()
+            yield path
 
     def verify_only(self) -> None:
         """Checks an existing repository against the plan; shards without a record of their SHA-256 are embedded again.
@@ -1133,6 +1142,14 @@ class HubPush:
         except PushError as error:
             return [f"The uploads stay until the Hub collects them ({error})."]
         return [f"Deleted {count} uploads of the unfinished push."] if count else []
+
+
+def _read_row(source: Any, last: bool = False) -> pa.Table:
+    """The first or last row of a Parquet file, and no more than its row group in memory."""
+    local = isinstance(source, str)
+    parquet = pq.ParquetFile(source, pre_buffer=False, memory_map=local, buffer_size=0 if local else READ_NBYTES)
+    group = parquet.read_row_group(parquet.num_row_groups - 1 if last else 0, use_threads=False)
+    return group.slice(len(group) - 1 if last else 0, 1)
 
 
 def push_dataset_to_hub(

@@ -219,6 +219,7 @@ class Hub:
     faults: list[Fault] = field(default_factory=list)
     log: list[dict] = field(default_factory=list)
     quota: int | None = None  # bytes of LFS objects a repository may hold
+    upload_rate: float | None = None  # bytes a second that one connection uploads at most, as over a network
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def __post_init__(self):
@@ -326,6 +327,8 @@ class Handler(BaseHTTPRequestHandler):
             left -= count
             self.unread -= count
             yield buffer[:count]
+            if self.hub.upload_rate:
+                time.sleep(count / self.hub.upload_rate)
 
     def body(self) -> bytes:
         return b"".join(bytes(chunk) for chunk in self.chunks())

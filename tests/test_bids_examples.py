@@ -90,7 +90,15 @@ def test_pet005_names_the_empty_image(tmp_path):
     schema.write_text('schema: {t1w: "anat/*_T1w.nii.gz", pet: "pet/*_pet.nii.gz"}\n')
     pushed = push_to(tmp_path / "out", "bids", EXAMPLES / "pet005", "--schema", schema)
     assert pushed.returncode == 1
-    assert "sub-01_ses-baseline_pet.nii.gz is empty" in pushed.stderr and "Traceback" not in pushed.stderr
+    assert "sub-01_ses-baseline_pet.nii.gz is no NIfTI image" in pushed.stderr and "Traceback" not in pushed.stderr
+
+
+def test_pet002_names_the_web_pages(tmp_path):
+    schema = tmp_path / "schema.yaml"
+    schema.write_text('schema: {t1w: "anat/*_T1w.nii", pet: "pet/*_pet.nii.gz"}\n')
+    pushed = push_to(tmp_path / "out", "bids", EXAMPLES / "pet002", "--schema", schema)
+    assert pushed.returncode == 1
+    assert pushed.stderr.count("HTML page") == 8 and "Traceback" not in pushed.stderr
 
 
 def test_7t_trt():

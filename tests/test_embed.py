@@ -260,8 +260,9 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path, monkeypatch,
         write(dataset, tmp_path / "x.parquet", progress=lambda n: os.truncate(path, new_size))
 
 
-def test_very_large_files_are_mapped_and_checked(tmp_path, monkeypatch):
+def test_large_files_are_mapped_and_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(embed, "MAP_FROM", 5000)
+    monkeypatch.setattr(embed, "GIVE_BACK_FROM", 10_000)
     paths = make_files(tmp_path, [20_000, 100, 7000])
     dataset = Dataset.from_dict({"x": paths}, features=Features({"x": Nifti()}))
     mapped = []

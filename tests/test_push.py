@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -19,7 +18,7 @@ from huggingface_hub import DatasetCard
 from datasets_bids import push
 from datasets_bids.hub import _STAGING
 
-from .trees import isles24_tree, write_volumes
+from .trees import isles24_tree, noise_bytes, volume_bytes, write_volumes
 
 
 ISLES24 = str(Path(__file__).parent.parent / "builders" / "isles24")
@@ -80,13 +79,12 @@ def contents(directory):
 def tree(tmp_path):
     """(tree, schema file) of three subjects: 0.4 MB of voxels that do not compress, a list, and a table."""
     root = tmp_path / "tree"
-    random = np.random.default_rng(0)
     for i in (1, 2, 3):
         write_volumes(root, [f"sub-{i}/anat/sub-{i}_T1w.nii.gz"])
         for run_ in range(i):
             path = root / f"sub-{i}/func/sub-{i}_run-{run_}_bold.nii.gz"
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(gzip.compress(random.bytes(100_000)))
+            path.write_bytes(noise_bytes(10 * i + run_, 100_000))
     (root / "participants.tsv").write_text("participant_id\tage\nsub-1\t60\nsub-2\t61\nsub-3\tn/a\n")
     (root / "dataset_description.json").write_text("[]")
     schema = tmp_path / "schema.yaml"
@@ -172,7 +170,7 @@ def test_dry_run_writes_nothing(tree, tmp_path):
     lines = pushed.stdout.splitlines()
     assert lines[0] == "Found 3 subjects"
     assert lines[-1] == "Dry run complete. Dataset built but not pushed."
-    assert "3 rows, 9 images, 600" in pushed.stdout and "Null: age 1 of 3 rows" in pushed.stdout
+    assert "3 rows, 9 images, 602.7 kB" in pushed.stdout and "Null: age 1 of 3 rows" in pushed.stdout
     assert not (tmp_path / "out").exists()
     assert push_to(tmp_path / "out", "bids", root, "--schema", schema, "--no-dry-run").returncode == 0
     assert (tmp_path / "out" / "README.md").exists()
@@ -183,10 +181,22 @@ def test_files_that_cannot_be_stored_are_all_named_before_anything_is_written(tr
     (root / "sub-1/anat/sub-1_T1w.nii.gz").write_bytes(b"")
     (root / "sub-2/anat/sub-2_T1w.nii.gz").unlink()
     (root / "sub-2/anat/sub-2_T1w.nii.gz").symlink_to("../../.git/annex/objects/x.nii.gz")
+    page = b"\n\n<!DOCTYPE html><html>" + bytes(100_000)
+    volume = volume_bytes("plain", compressed=False)
+    bad = {
+        "sub-3/anat/sub-3_T1w.nii.gz": b"\n",
+        "sub-1/func/sub-1_run-0_bold.nii.gz": page,
+        "sub-2/func/sub-2_run-0_bold.nii.gz": gzip.compress(page),
+        "sub-2/func/sub-2_run-1_bold.nii.gz": volume[:-1],
+        "sub-3/func/sub-3_run-0_bold.nii.gz": gzip.compress(volume)[:100],
+    }
+    for path, content in bad.items():
+        (root / path).write_bytes(content)
     pushed = push_to(tmp_path / "out", "bids", root, "--schema", schema)
     assert pushed.returncode == 1
     assert "Traceback" not in pushed.stderr
-    for part in ("sub-1_T1w.nii.gz", "sub-2_T1w.nii.gz", "column 't1w'", "row 0", "row 1"):
+    assert "7 files cannot be stored" in pushed.stderr
+    for part in (*bad, "sub-1_T1w.nii.gz is empty", "sub-2_T1w.nii.gz does not exist", "row 0, column 't1w'", "HTML"):
         assert part in pushed.stderr, part
     assert not (tmp_path / "out").exists()
 
@@ -229,11 +239,10 @@ def test_where_to_is_asked_for(tree, tmp_path, capsys):
 def test_killed_and_started_again_it_goes_on(tree, tmp_path):
     """Killed at moments all over the push; the shards that were whole are not written again, and the end is the same."""
     root, schema = tree
-    random = np.random.default_rng(1)
     for i in range(4, 40):
         path = root / f"sub-{i}/anat/sub-{i}_T1w.nii.gz"
         path.parent.mkdir(parents=True)
-        path.write_bytes(gzip.compress(random.bytes(500_000), compresslevel=0))
+        path.write_bytes(noise_bytes(i, 500_000))
     assert push_to(tmp_path / "expected", "bids", root, "--schema", schema, "--num-shards", "39").returncode == 0
     out = tmp_path / "out"
     command = [sys.executable, "-m", "datasets_bids.push", "bids", "--data-dir", root, "--schema", schema]
@@ -294,7 +303,7 @@ def test_a_source_that_changed_after_a_kill_is_embedded_anew(tree, tmp_path, mon
 def test_memory_follows_the_largest_row_not_their_number(tmp_path):
     """40 rows of 8 MB: far above the bound if a shard were held, far below if a row is."""
     root = tmp_path / "tree"
-    data = gzip.compress(np.random.default_rng(0).bytes(8_000_000), compresslevel=0)
+    data = noise_bytes(0, 8_000_000)
     for i in range(40):
         path = root / f"sub-{i:02d}/anat/sub-{i:02d}_T1w.nii.gz"
         path.parent.mkdir(parents=True)

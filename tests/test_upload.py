@@ -284,6 +284,32 @@ def test_a_killed_worker_is_replaced(hub, client, stock, tree):
     assert read(stock, "alice/killed-worker") == truth(tree)
 
 
+def test_an_embedded_shard_leaves_no_memory_behind(tree, tmp_path):
+    """Without waiting for the garbage collector: a push embeds hundreds of shards, and few objects that would call it."""
+    import gc
+    import weakref
+
+    from datasets_bids import embed, hub
+    from tests import hub_scripts
+
+    kept = []
+
+    class Arena(embed.Arena):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            kept.append(weakref.ref(self))
+
+    plan = hub.plan_push({"train": hub_scripts.dataset(str(tree))}, num_shards=1)
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(embed, "Arena", Arena)
+            embed.write_shard(plan.splits["train"], plan.shards["train"][0], str(tmp_path / "x.parquet"))
+        assert kept and not any(arena() for arena in kept)
+    finally:
+        gc.enable()
+
+
 def test_the_method_of_a_bids_dataset(hub, client, stock, tree):
     client.run(
         f"""
@@ -869,7 +895,7 @@ def make_big_tree(folder: Path, rows: int, nbytes: int) -> Path:
     block = rng.bytes(nbytes)
     for row in range(rows):
         (folder / f"sub-{row:03d}").mkdir(parents=True)
-        header = nib.Nifti1Image(np.zeros((1, 1, nbytes // 2), "int16"), np.eye(4)).header
+        header = nib.Nifti1Image(np.zeros((1000, 500, nbytes // 10**6), "int16"), np.eye(4)).header
         with open(folder / f"sub-{row:03d}" / "t1w.nii", "wb") as file:
             file.write(header.binaryblock + b"\0\0\0\0" + row.to_bytes(4, "little") + block[4:])
     return folder

@@ -18,6 +18,12 @@ def volume_bytes(seed: str, compressed: bool = True) -> bytes:
     return gzip.compress(data, compresslevel=1, mtime=0) if compressed else data
 
 
+def noise_bytes(seed: int, nbytes: int) -> bytes:
+    """A NIfTI-1 volume of about `nbytes` voxels that do not compress, gzipped."""
+    voxels = np.random.default_rng(seed).integers(0, 256, (nbytes // 1000, 10, 100), dtype=np.uint8)
+    return gzip.compress(nib.Nifti1Image(voxels, np.eye(4)).to_bytes(), compresslevel=0, mtime=0)
+
+
 def write_volumes(root: Path, paths: Iterable[str]) -> None:
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
