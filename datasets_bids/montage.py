@@ -178,7 +178,7 @@ class Volume:
         return _GzipFile(fileobj=raw, mode="rb") if compression == "gzip" else bz2.open(raw) if compression else raw
 
     def scaled(self, values: np.ndarray) -> np.ndarray:
-        """Stored values to float32 in the image's unit; complex numbers to their magnitude; RGB as it is."""
+        """Stored values to floating point numbers in the image's unit; complex numbers to their magnitude; RGB as it is."""
         if values.dtype.names:
             return values
         with np.errstate(over="ignore", invalid="ignore"):
@@ -186,7 +186,8 @@ class Volume:
                 slope, inter = float(self.image.dataobj.slope), float(self.image.dataobj.inter)
                 if (slope, inter) != (1.0, 0.0):
                     values = values * slope + inter
-            return (np.abs(values) if np.iscomplexobj(values) else values).astype(np.float32)
+            values = np.abs(values) if np.iscomplexobj(values) else values
+            return values if values.dtype == np.float64 else values.astype(np.float32)
 
     def world(self, voxel: tuple[float, float, float]) -> np.ndarray:
         return self.affine[:3, :3] @ np.asarray(voxel, float) + self.affine[:3, 3]
@@ -339,7 +340,7 @@ def is_hounsfield(values: np.ndarray) -> bool:
     """Whether these are Hounsfield units: whole numbers, air around -1000 (or a scanner's padding below it), and soft tissue."""
     if not len(values) or values.min() > -900 or values.min() < -10_000:
         return False
-    air = ((values > -1100) & (values < -900) | (values <= -1900)).mean()
+    air = ((values > -1100) & (values < -900) | (values == values.min())).mean()
     tissue = ((values > -150) & (values < 250)).mean()
     return bool(air > 0.05 and tissue > 0.02)
 
@@ -429,7 +430,7 @@ def _draw(slices, mask, centre, labels, window, face) -> Image.Image:
             notes.insert(0, str(shades))
     panels = [_panel(slices, voxel, shades, mask, labels, world) for world in (2, 1, 0)]
     panels = [panel for panel in panels if panel is not None]
-    if face:
+    if face and shades is not None:
         panels.append(_face(slices))
     return _compose(panels, volume, notes)
 
@@ -471,7 +472,7 @@ def _panel(
         pixels = np.stack([values[name] for name in values.dtype.names[:3]], axis=-1).astype(np.uint8)
     elif labels:
         whole = np.nan_to_num(values, posinf=0, neginf=0)
-        colours = np.array(COLOURS, np.uint8)[(np.ceil(np.abs(whole)).astype(np.int64) - 1) % len(COLOURS)]
+        colours = np.array(COLOURS, np.uint8)[((np.ceil(np.abs(whole)) - 1) % len(COLOURS)).astype(np.int64)]
         pixels = np.where((whole != 0)[..., None], colours, np.uint8(0))
     else:
         pixels = shades.grey(values)
@@ -493,9 +494,7 @@ def _face(slices: Slices) -> _Panel:
     """The head's surface seen from the front, from the coarse grid: light where it looks at the viewer."""
     volume = slices.volume
     axes, along = volume.orientation
-    head = np.nan_to_num(slices.coarse)
-    if head.dtype.names:
-        raise CannotDraw("a colour image has no surface")
+    head = np.nan_to_num(slices.coarse, posinf=0.0, neginf=0.0)
     head = np.transpose(head, axes)  # right, anterior, superior
     head = head[tuple(slice(None) if forward else slice(None, None, -1) for forward in along)]
     steps = [slices.steps[axis] * volume.voxel_mm[axis] for axis in axes]
@@ -517,7 +516,7 @@ def _otsu(values: np.ndarray) -> float:
     counts, edges = np.histogram(values, 256)
     middles = (edges[1:] + edges[:-1]) / 2
     below, total = np.cumsum(counts), np.cumsum(counts * middles)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         between = (total[-1] * below / below[-1] - total) ** 2 / (below * (below[-1] - below))
     # Brain and scalp are far apart from each other too; half of the way is still far above air.
     return float(middles[np.nan_to_num(between).argmax()]) / 2
@@ -565,7 +564,7 @@ def _encode(picture: Image.Image, max_nbytes: int) -> bytes:
     while True:
         for quality in _QUALITIES:
             file = io.BytesIO()
-            picture.save(file, "JPEG", quality=quality, optimize=True, subsampling=0)
+            picture.save(file, "JPEG", quality=quality, subsampling=0)
             if file.tell() <= max_nbytes:
                 return file.getvalue()
         if picture.width < 64:
