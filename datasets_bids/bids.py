@@ -55,6 +55,9 @@ class BidsConfig(datasets.BuilderConfig):
         derivatives (`bool` or `list[str]`, *optional*): join the images of these derivatives (or of all) to the rows, in
             columns that begin with the derivative's name. Without a schema.
         sidecars (`bool`, defaults to `False`): a column with the JSON sidecar for each image column. Without a schema.
+        preview (`dict`, *optional*): how images are shown. Column of a mask -> column of the image that it is drawn on;
+            column of an image -> `[black, white]`, values in the image's unit. By default masks are drawn alone, CT in
+            the brain window and everything else between percentiles.
 
     Example:
 
@@ -78,6 +81,7 @@ class BidsConfig(datasets.BuilderConfig):
     suffixes: list[str] | None = None
     derivatives: bool | list[str] | None = None
     sidecars: bool = False
+    preview: dict[str, Any] | None = None
 
 
 class BidsBuilder(datasets.GeneratorBasedBuilder):

@@ -8,7 +8,7 @@ import datasets
 import yaml
 from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
-from huggingface_hub import DatasetCard
+from huggingface_hub import DatasetCard, DatasetCardData
 
 
 # The Hub's categories, by number of examples.
@@ -59,11 +59,48 @@ def update_card(
             updated.data[key] = value
     DatasetInfosDict({info.config_name: info}).to_dataset_card_data(updated.data)
     config = {"data_files": [{"split": split, "path": path} for split, path in data_files.items()]}
+    former = MetadataConfigs.from_dataset_card_data(updated.data).get(info.config_name, {})
+    if "default" in former:
+        config["default"] = former["default"]
     MetadataConfigs({info.config_name: config}).to_dataset_card_data(updated.data)
+    _settle_default(updated.data)
     infos = DatasetInfosDict.from_dataset_card_data(updated.data).values()
     largest = max(sum(split.num_examples for split in info.splits.values()) for info in infos if info.splits)
     updated.data["size_categories"] = [_size_category(largest)]
     return updated
+
+
+def is_preview(config_name: str) -> bool:
+    """Whether a config is the preview of another one."""
+    return config_name == "preview" or config_name.endswith("-preview")
+
+
+def remove_config(card: DatasetCard, config_name: str) -> DatasetCard:
+    """A card without what its header says of a config."""
+    updated = copy.deepcopy(card)
+    configs = [config for config in updated.data.get("configs") or [] if config.get("config_name") != config_name]
+    infos = DatasetInfosDict.from_dataset_card_data(updated.data)
+    if infos.pop(config_name, None) is not None:
+        updated.data["dataset_info"] = None
+        infos.to_dataset_card_data(updated.data)
+    if configs:
+        updated.data["configs"] = configs
+        _settle_default(updated.data)
+    return updated
+
+
+def _settle_default(data: DatasetCardData) -> None:
+    """Says which config `load_dataset` takes if none is named: as without the previews, if there is one config beside them.
+
+    `datasets` takes a config called `default` anyway, and refuses two.
+    """
+    configs = data["configs"]
+    volumes = [config for config in configs if not is_preview(config["config_name"])]
+    if any(config["config_name"] == "default" for config in volumes):
+        for config in configs:
+            config.pop("default", None)
+    elif len(volumes) == 1 and len(configs) > 1 and not any(config.get("default") for config in configs):
+        volumes[0]["default"] = True
 
 
 def _size_category(num_examples: int) -> str:

@@ -8,6 +8,7 @@ import datasets
 import pandas as pd
 from huggingface_hub import CommitInfo
 
+from .pictures import as_table
 from .upload import push_dataset_to_hub
 
 
@@ -55,6 +56,10 @@ class BidsDataset(datasets.Dataset):
         """Pushes with [`push_dataset_to_hub`], which see for the arguments: `split`, `private`, `token`, `revision`,
         `create_pr`, `max_shard_size`, `num_shards`, `embed_external_files`, `num_proc`, `commit_message` and its own."""
         return push_dataset_to_hub(self, repo_id, config_name=config_name, **kwargs)
+
+    def _repr_html_(self) -> str:
+        """A table of the first rows with thumbnails, for a notebook."""
+        return as_table(self)
 
 
 def build_hf_dataset(file_table: pd.DataFrame, features: datasets.Features) -> datasets.Dataset:

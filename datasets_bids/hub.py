@@ -10,21 +10,25 @@ How it works:
   last.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets.utils import tqdm
 from huggingface_hub import DatasetCard
 
 from . import __version__
-from .card import update_card
+from .card import is_preview, remove_config, update_card
 from .embed import write_shard
 from .nifti import refuse_image
+from .pictures import Preview, beside
 from .shards import Shard, embedded_nbytes, plan_shards
 from .storage import stamp
 
@@ -42,12 +46,14 @@ class PushPlan:
         splits (`dict[str, Dataset]`): split -> rows of paths
         shards (`dict[str, list[Shard]]`): split -> its shards
         largest_row (`int`): bytes
+        preview (`Preview`, *optional*): what the config of pictures beside this one shows
     """
 
     config_name: str
     splits: Mapping[str, datasets.Dataset]
     shards: Mapping[str, list[Shard]]
     largest_row: int
+    preview: Preview | None = None
 
     @property
     def nbytes(self) -> int:
@@ -61,6 +67,15 @@ class PushPlan:
     def path_in_repo(self, split: str, shard: Shard) -> str:
         return f"{self.directory}/{split}-{shard.index:05d}-of-{shard.num_shards:05d}.parquet"
 
+    @property
+    def preview_name(self) -> str:
+        """Config (and directory) of the pictures."""
+        return "preview" if self.config_name == "default" else f"{self.config_name}-preview"
+
+    def preview_path(self, path: str) -> str:
+        """Of the shard with a path in the repository, the preview's path."""
+        return f"{self.preview_name}/{path.rpartition('/')[2]}"
+
     def data_files(self) -> dict[str, str]:
         """Split -> glob of its shards."""
         return {split: f"{self.directory}/{split}-*" for split in self.splits}
@@ -71,8 +86,12 @@ def plan_push(
     config_name: str = "default",
     max_shard_size: int | str | None = None,
     num_shards: int | None = None,
+    preview: Mapping[str, Any] | None = None,
 ) -> PushPlan:
     """Measures every file, looks at every image's header, and plans the shards. Reads no volume.
+
+    Args:
+        preview (`dict`, *optional*): see `BidsConfig.preview`, `{}` if it says nothing; without it no pictures are made
 
     Raises:
         ValueError: files that cannot be stored, all of them by name
@@ -86,9 +105,11 @@ def plan_push(
     if refused:
         raise ValueError("\n".join(refused))
     shards = {split: plan_shards(nbytes[split], max_shard_size, num_shards) for split in splits}
-    return PushPlan(
-        config_name, splits, shards, max((int(sizes.max()) for sizes in nbytes.values() if len(sizes)), default=0)
-    )
+    largest_row = max((int(sizes.max()) for sizes in nbytes.values() if len(sizes)), default=0)
+    shown = None if preview is None else Preview.of(splits, preview)
+    if shown is not None and is_preview(config_name):
+        raise ValueError(f"config {config_name!r} has the name of a preview: rename it, or push with --no-preview")
+    return PushPlan(config_name, splits, shards, largest_row, shown)
 
 
 def push_to_directory(plan: PushPlan, output_dir: str | os.PathLike, card: DatasetCard) -> None:
@@ -114,7 +135,8 @@ def push_to_directory(plan: PushPlan, output_dir: str | os.PathLike, card: Datas
         for split, dataset in plan.splits.items()
         for shard in plan.shards[split]
     }
-    for leftover in set(staging.iterdir()) - set(staged.values()):
+    previews = {key: path.with_suffix(f".{plan.preview.key}") for key, path in staged.items()} if plan.preview else {}
+    for leftover in set(staging.iterdir()) - {*staged.values(), *previews.values()}:
         leftover.unlink()
     todo = {key: path for key, path in staged.items() if not path.exists()}
     needed = sum(shard.nbytes for _, shard in todo)
@@ -123,26 +145,60 @@ def push_to_directory(plan: PushPlan, output_dir: str | os.PathLike, card: Datas
         raise OSError(f"{output_dir}: {needed:,} bytes are to be written and {free:,} are free; choose another disk")
     with progress_bar(plan.nbytes) as bar:
         bar.update(plan.nbytes - needed)
-        for done, ((split, shard), path) in enumerate(todo.items()):
-            bar.set_postfix_str(f"shard {len(staged) - len(todo) + done + 1} of {len(staged)}")
-            _write_whole(
-                path, lambda temporary: write_shard(plan.splits[split], shard, temporary, progress=bar.update)
-            )
+        for done, (key, path) in enumerate(staged.items()):
+            (split, shard), dataset = key, plan.splits[key[0]]
+            bar.set_postfix_str(f"shard {done + 1} of {len(staged)}")
+            with contextlib.ExitStack() as stack:
+                if plan.preview and not previews[key].exists():
+                    draw = partial(plan.preview.write, dataset, shard.start, shard.stop)
+                    stack.enter_context(beside(lambda stop: _write_whole(previews[key], partial(draw, stop=stop))))
+                if key in todo:
+                    _write_whole(path, lambda temporary: write_shard(dataset, shard, temporary, progress=bar.update))
     placed = {}
     for (split, shard), path in staged.items():
-        target = output_dir / plan.path_in_repo(split, shard)
-        placed[target] = path
-    (output_dir / plan.directory).mkdir(exist_ok=True)
-    for old in set((output_dir / plan.directory).glob("*.parquet")) - set(placed):
-        old.unlink()
-    for target, path in placed.items():
-        os.replace(path, target)
+        in_repo = plan.path_in_repo(split, shard)
+        placed[in_repo] = path
+        if plan.preview:
+            placed[plan.preview_path(in_repo)] = previews[split, shard]
+    for directory in (plan.directory, plan.preview_name):
+        for old in (output_dir / directory).glob("*.parquet"):
+            if f"{directory}/{old.name}" not in placed:
+                old.unlink()
+    sizes = {}
+    for in_repo, path in placed.items():
+        sizes[in_repo] = path.stat().st_size
+        (output_dir / in_repo).parent.mkdir(exist_ok=True)
+        os.replace(path, output_dir / in_repo)
+    if plan.preview is None:
+        with contextlib.suppress(OSError):  # there is none, or it holds something else
+            (output_dir / plan.preview_name).rmdir()
     readme = output_dir / "README.md"
-    existing = DatasetCard.load(readme) if readme.exists() else None
-    info = dataset_info(plan, sum(file.stat().st_size for file in placed))
-    updated = update_card(card, existing, info, plan.data_files())
+    updated = DatasetCard.load(readme) if readme.exists() else None
+    for info, data_files in config_infos(plan, sizes):
+        updated = update_card(card, updated, info, data_files)
+    if plan.preview is None:
+        updated = remove_config(updated, plan.preview_name)
     _write_whole(readme, lambda temporary: Path(temporary).write_text(str(updated), encoding="utf-8"))
     shutil.rmtree(output_dir / _STAGING, ignore_errors=True)
+
+
+def config_infos(plan: PushPlan, sizes: Mapping[str, int]) -> list[tuple[datasets.DatasetInfo, dict[str, str]]]:
+    """What the card says of the config and of its preview: (info, split -> glob of its shards).
+
+    Args:
+        sizes (`dict[str, int]`): path in the repository -> bytes of the file
+    """
+    main = {plan.path_in_repo(split, shard): split for split, shards in plan.shards.items() for shard in shards}
+    infos = [(dataset_info(plan, sum(sizes.get(path, 0) for path in main)), plan.data_files())]
+    if plan.preview:
+        info = datasets.DatasetInfo(config_name=plan.preview_name, features=plan.preview.features)
+        info.splits = datasets.SplitDict()
+        for split, dataset in plan.splits.items():
+            nbytes = sum(sizes.get(plan.preview_path(path), 0) for path, of in main.items() if of == split)
+            info.splits.add(datasets.SplitInfo(split, num_bytes=nbytes, num_examples=len(dataset)))
+        info.download_size = info.dataset_size = sum(split.num_bytes for split in info.splits.values())
+        infos.append((info, {split: f"{plan.preview_name}/{split}-*" for split in plan.splits}))
+    return infos
 
 
 def dataset_info(plan: PushPlan, download_size: int) -> datasets.DatasetInfo:

@@ -15,6 +15,7 @@ import yaml
 from . import loading
 from .card import builder_card
 from .hub import PushPlan, plan_push, push_to_directory, size
+from .pictures import ROW_NBYTES
 from .upload import HubPush, Workers, dask_executor, make_target
 from .validation import refuse_exposure
 
@@ -65,6 +66,12 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--verify-only", action="store_true", help="compare what is on the Hub with the tree, no more")
     parser.add_argument("--abort", action="store_true", help="remove what an unfinished push left, no more")
     parser.add_argument("--dry-run", action=argparse.BooleanOptionalAction, help="build and plan, but write nothing")
+    parser.add_argument(
+        "--preview",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="add a config of pictures of the same rows, for the Hub's viewer (default: yes)",
+    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--max-shard-size", help="bound of a shard's size (default: 500MB)")
     size.add_argument("--num-shards", type=int, help="number of shards of each split")
@@ -139,6 +146,11 @@ def describe(plan: PushPlan, unused_images: Mapping[str, str]) -> list[str]:
         f"Config {plan.config_name}: {rows} rows, {images} images, {size(plan.nbytes)}; largest row {size(plan.largest_row)}",
         f"Shards: {shards}",
     ]
+    if plan.preview:
+        lines.append(
+            f"Preview: config {plan.preview_name} with pictures of the same {rows} rows, at most {size(rows * ROW_NBYTES)} "
+            "(--no-preview leaves it out)"
+        )
     if any(nulls.values()):
         lines.append(
             "Null: " + ", ".join(f"{name} {count}" for name, count in nulls.items() if count) + f" of {rows} rows"
@@ -163,7 +175,7 @@ def push_to_hub(plan: PushPlan, options: argparse.Namespace, builder: datasets.D
         print("\n".join(push.abort()))
     elif options.verify_only:
         push.verify_only()
-        print(f"{repo_id} is what the tree gives: {len(push.sources)} shards, first and last example read back.")
+        print(f"{repo_id} is what the tree gives: {len(push.shards)} shards, first and last example read back.")
     else:
         if push.will_be_public():
             refuse_exposure(
@@ -182,7 +194,8 @@ def main(args: list[str] | None = None) -> int:
     try:
         builder = build(options)
         splits = builder.as_dataset()
-        plan = plan_push(splits, builder.config.name, options.max_shard_size, options.num_shards)
+        preview = (builder.config.preview or {}) if options.preview else None
+        plan = plan_push(splits, builder.config.name, options.max_shard_size, options.num_shards, preview)
         print("\n".join(describe(plan, builder.unused_images)), flush=True)
         if options.dry_run:
             print("Dry run complete. Dataset built but not pushed.")

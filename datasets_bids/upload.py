@@ -63,9 +63,10 @@ from huggingface_hub.lfs import UploadInfo
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, http_backoff
 
 from . import __version__
-from .card import update_card
+from .card import remove_config, update_card
 from .embed import write_shard
-from .hub import PushPlan, dataset_info, fingerprint, plan_push, size
+from .hub import PushPlan, config_infos, dataset_info, fingerprint, plan_push, size
+from .pictures import Preview
 from .shards import Shard, embedded_nbytes
 from .storage import remember, remembered
 
@@ -227,6 +228,8 @@ class ShardTask:
     embed: bool
     patience: float
     storage_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, repr=False)  # of remote sources
+    preview: Preview | None = None  # write this of the rows, instead of the rows
+    beside: "ShardTask | None" = None  # the same rows' preview, to be pushed at the same time
 
     @property
     def stem(self) -> str:
@@ -241,14 +244,23 @@ class ShardTask:
         return Path(self.work_dir, "records", f"{self.stem}.json")
 
 
-def push_shard(task: ShardTask) -> Record:
-    """Embeds and uploads a shard. Goes on with what an earlier call left: a record, or a whole Parquet file."""
+def push_shard(task: ShardTask) -> list[Record]:
+    """Embeds and uploads a shard, and beside it its preview, so that a file is read from the disk once."""
     for root, options in task.storage_options.items():
         remember(root, options)
+    if task.beside is None:
+        return [_push_file(task)]
+    with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="preview") as thread:
+        beside = thread.submit(_push_file, task.beside)
+        return [_push_file(task), beside.result()]
+
+
+def _push_file(task: ShardTask) -> Record:
+    """Goes on with what an earlier call left: a record, or a whole Parquet file."""
     if task.record.exists():
         return Record(**json.loads(task.record.read_text()))
     if not task.parquet.exists():
-        with _EMBEDDING:
+        with contextlib.nullcontext() if task.preview else _EMBEDDING:
             embed_shard(task, task.parquet)
     addition = CommitOperationAdd(task.path, str(task.parquet))
     info = addition.upload_info
@@ -278,7 +290,9 @@ def embed_shard(task: ShardTask, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
-        if task.embed:
+        if task.preview:
+            task.preview.write(task.dataset, task.shard.start, task.shard.stop, str(temporary))
+        elif task.embed:
             write_shard(task.dataset, task.shard, str(temporary))
         else:
             pq.write_table(task.dataset.with_format("arrow")[:], temporary)
@@ -351,7 +365,7 @@ class Workers:
             self.executor.shutdown(wait=not failed, cancel_futures=True)
 
 
-def _result(future: concurrent.futures.Future, task: ShardTask) -> Record:
+def _result(future: concurrent.futures.Future, task: ShardTask) -> list[Record]:
     """What the task returned; what became of its worker in the words of this module."""
     try:
         return future.result()
@@ -616,6 +630,10 @@ class HubPush:
             path: fingerprint(self.plan.splits[split], shard) + ("" if self.embed else "-paths")
             for path, (split, shard) in self.shards.items()
         }
+        if self.plan.preview:
+            sources |= {
+                self.plan.preview_path(path): f"{sources[path]}-{self.plan.preview.key}" for path in self.shards
+            }
         known = [Record(**record) for record in (state or {}).get("records", [])]
         done = self.work_dir / "done.json"
         if done.exists():
@@ -666,6 +684,15 @@ class HubPush:
             patience=PATIENCE,
             storage_options=remembered(),
         )
+
+    def files(self, path: str, split: str, shard: Shard) -> dict[str, ShardTask]:
+        """The tasks that write a shard and its preview."""
+        task = self.task(path, split, shard)
+        tasks = {path: task}
+        if self.plan.preview:
+            path = self.plan.preview_path(path)
+            tasks[path] = replace(task, path=path, source=self.sources[path], preview=self.plan.preview)
+        return tasks
 
     # -- the way through
 
@@ -762,7 +789,7 @@ class HubPush:
             self.api.create_commit(
                 self.target.repo_id,
                 operations,
-                commit_message=f"Work on {self.plan.config_name}: {len(committed)} of {len(self.sources)} shards",
+                commit_message=f"Work on {self.plan.config_name}: {len(committed)} of {len(self.sources)} files",
                 repo_type="dataset",
                 revision=self.branch,
             )
@@ -774,10 +801,11 @@ class HubPush:
         """The coordinator: tasks out, records in, a commit to the working branch now and then."""
         shards = self.shards
         nbytes = {path: shard.nbytes for path, (_, shard) in shards.items()}
-        done = sum(nbytes[path] for path in self.records)
-        progress = Progress(sum(nbytes.values()), len(nbytes), done, len(self.records))
-        queue = deque(path for path in shards if path in missing)
-        in_flight: dict[concurrent.futures.Future, ShardTask] = {}
+        done = [path for path in shards if path in self.records]
+        progress = Progress(sum(nbytes.values()), len(nbytes), sum(nbytes[path] for path in done), len(done))
+        queue = deque(path for path in shards if path in missing or self.plan.preview_path(path) in missing)
+        shard_of = {file: path for path in shards for file in (path, self.plan.preview_path(path))}
+        in_flight: dict[concurrent.futures.Future, tuple[str, ShardTask]] = {}
         deaths: Counter[str] = Counter()
         expired: Counter[str] = Counter()
         last_commit = time.monotonic()
@@ -785,15 +813,17 @@ class HubPush:
             broken = False
             try:
                 while queue and len(in_flight) < workers.width:
-                    task = self.task(queue[0], *shards[queue[0]])
-                    in_flight[workers.executor.submit(push_shard, task)] = task
+                    files = self.files(queue[0], *shards[queue[0]])
+                    task, *beside = [file for path, file in files.items() if path not in self.records]
+                    task = replace(task, beside=beside[0] if beside else None)
+                    in_flight[workers.executor.submit(push_shard, task)] = queue[0], task
                     queue.popleft()
             except concurrent.futures.BrokenExecutor:
                 broken = True
             finished, _ = concurrent.futures.wait(in_flight, TICK, concurrent.futures.FIRST_COMPLETED)
             for future in finished:
                 try:
-                    record = _result(future, in_flight[future])
+                    records = _result(future, in_flight[future][1])
                 except concurrent.futures.BrokenExecutor:
                     broken = True
                     continue
@@ -801,19 +831,21 @@ class HubPush:
                     for other in in_flight:
                         other.cancel()
                     raise
-                task = in_flight.pop(future)
-                if not task.record.exists():  # a worker on another machine
-                    _write_json(task.record, asdict(record))
-                self.records[task.path] = record
-                progress.uploaded += nbytes[task.path]
-                progress.shards_done += 1
+                path, task = in_flight.pop(future)
+                for file, record in zip(filter(None, (task, task.beside)), records, strict=True):
+                    if not file.record.exists():  # a worker on another machine
+                        _write_json(file.record, asdict(record))
+                    self.records[file.path] = record
+                if task.path == path:  # else only its preview was missing
+                    progress.uploaded += nbytes[path]
+                    progress.shards_done += 1
             if broken:
-                for task in in_flight.values():
-                    deaths[task.path] += 1
-                    if deaths[task.path] >= MAX_DEATHS:
-                        raise _deadly(task, nbytes[task.path])
+                for path, task in in_flight.values():
+                    deaths[path] += 1
+                    if deaths[path] >= MAX_DEATHS:
+                        raise _deadly(task, nbytes[path])
                 logger.warning(f"a worker died; {len(in_flight)} shards are done again")
-                queue.extendleft(task.path for task in reversed(in_flight.values()))
+                queue.extendleft(path for path, _ in reversed(in_flight.values()))
                 in_flight.clear()
                 workers.restart()
             waiting = [self.records[path] for path in sorted(self.records.keys() - self.committed)]
@@ -831,8 +863,10 @@ class HubPush:
                         if expired[record.path] > 1:
                             raise
                         del self.records[record.path]
-                        self.task(record.path, *shards[record.path]).record.unlink(missing_ok=True)
-                        queue.append(record.path)
+                        path = shard_of[record.path]
+                        self.files(path, *shards[path])[record.path].record.unlink(missing_ok=True)
+                        if path not in queue:
+                            queue.append(path)
             progress.show(self._on_disk())
         progress.show(0, finish=True)
 
@@ -857,7 +891,8 @@ class HubPush:
 
     def _stale(self, listing: Mapping[str, Any]) -> list[str]:
         """Shards of the splits that are pushed, from a former state."""
-        prefixes = tuple(f"{self.plan.directory}/{split}-" for split in self.plan.splits)
+        directories = (self.plan.directory, self.plan.preview_name)
+        prefixes = tuple(f"{directory}/{split}-" for directory in directories for split in self.plan.splits)
         return sorted(path for path in listing if path.startswith(prefixes) and path not in self.sources)
 
     def _finish(self) -> CommitInfo:
@@ -921,24 +956,34 @@ class HubPush:
     def _updated_card(self, head: str, records: list[Record]) -> str:
         """The card that is at `head`, or else the builder's, with this push's splits in it."""
         existing = self._existing_card(head)
-        info = dataset_info(self.plan, sum(record.size for record in records))
-        data_files = self.plan.data_files()
-        if existing is not None:
-            configs = MetadataConfigs.from_dataset_card_data(existing.data).get(self.plan.config_name, {})
-            former = DatasetInfosDict.from_dataset_card_data(existing.data).get(self.plan.config_name)
-            others = [entry for entry in configs.get("data_files") or [] if isinstance(entry, dict)]
-            data_files = {entry["split"]: entry["path"] for entry in others} | data_files
-            if former is not None:
-                for split, split_info in (former.splits or {}).items():
-                    if split not in info.splits and split in data_files:
-                        if former.features and former.features != info.features:
-                            raise PushError(
-                                f"split {split} of config {self.plan.config_name} in {self.target.repo_id} has other columns than this "
-                                "push; push both, or choose another config name"
-                            )
-                        info.splits[split] = split_info
-                        info.dataset_size += split_info.num_bytes
-        return str(update_card(self.card, existing, info, data_files))
+        updated = existing
+        for info, data_files in config_infos(self.plan, {record.path: record.size for record in records}):
+            if existing is not None:
+                data_files = self._with_former_splits(existing, info, data_files)
+            updated = update_card(self.card, updated, info, data_files)
+        if self.plan.preview is None:
+            updated = remove_config(updated, self.plan.preview_name)
+        return str(updated)
+
+    def _with_former_splits(
+        self, existing: DatasetCard, info: datasets.DatasetInfo, data_files: Mapping[str, str]
+    ) -> dict[str, str]:
+        """`data_files` and `info` with the splits that this push leaves alone."""
+        configs = MetadataConfigs.from_dataset_card_data(existing.data).get(info.config_name, {})
+        former = DatasetInfosDict.from_dataset_card_data(existing.data).get(info.config_name)
+        others = [entry for entry in configs.get("data_files") or [] if isinstance(entry, dict)]
+        data_files = {entry["split"]: entry["path"] for entry in others} | data_files
+        if former is not None:
+            for split, split_info in (former.splits or {}).items():
+                if split not in info.splits and split in data_files:
+                    if former.features and former.features != info.features:
+                        raise PushError(
+                            f"split {split} of config {info.config_name} in {self.target.repo_id} has other columns than this "
+                            "push; push both, or choose another config name"
+                        )
+                    info.splits[split] = split_info
+                    info.dataset_size += split_info.num_bytes
+        return data_files
 
     # -- afterwards
 
@@ -1013,6 +1058,12 @@ class HubPush:
         absent = [path for path in self.sources if path not in listing]
         if absent:
             raise PushError(f"{self.target.repo_id} is not what is to be checked: {absent[0]} is missing")
+        if self.plan.preview:
+            # Not drawn again: their bytes follow the release of Pillow.
+            for path in map(self.plan.preview_path, self.shards):
+                if path not in self.records and listing[path].lfs:
+                    entry = listing[path]
+                    self.records[path] = Record(path, self.sources[path], entry.lfs.sha256, entry.size)
         for path, (split, shard) in self.shards.items():
             if path in self.records:
                 continue

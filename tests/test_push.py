@@ -123,12 +123,18 @@ def test_layout_of_the_directory(tree, tmp_path):
         "README.md",
         "data/train-00000-of-00002.parquet",
         "data/train-00001-of-00002.parquet",
+        "preview/train-00000-of-00002.parquet",
+        "preview/train-00001-of-00002.parquet",
     ]
     assert sum(pq.read_metadata(path).num_rows for path in (out / "data").iterdir()) == 3
     data = DatasetCard.load(out / "README.md").data
-    assert data["configs"] == [{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]}]
+    assert data["configs"] == [
+        {"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]},
+        {"config_name": "preview", "data_files": [{"split": "train", "path": "preview/train-*"}]},
+    ]
     assert data["size_categories"] == ["n<1K"]
-    info = data["dataset_info"]
+    info, pictures = data["dataset_info"]
+    assert info["config_name"] == "default" and pictures["splits"][0]["num_examples"] == 3
     assert [feature["name"] for feature in info["features"]] == ["subject_id", "t1w", "bold", "age"]
     assert info["splits"][0]["num_examples"] == 3
     assert info["download_size"] == sum(path.stat().st_size for path in (out / "data").iterdir())
@@ -160,7 +166,12 @@ def test_fewer_shards_replace_more_and_other_configs_stay(tree, tmp_path):
     assert contents(out / "other") == other
     assert len(read_with_stock(out)) == len(read_with_stock(out, "other")) == 3
     assert "Edited by hand." in card.read_text()
-    assert [config["config_name"] for config in DatasetCard.load(card).data["configs"]] == ["default", "other"]
+    assert [config["config_name"] for config in DatasetCard.load(card).data["configs"]] == [
+        "default",
+        "other",
+        "other-preview",
+        "preview",
+    ]
 
 
 def test_dry_run_writes_nothing(tree, tmp_path):

@@ -103,8 +103,8 @@ def script(tree: Path, repo_id: str, **options) -> str:
     return f"import hub_scripts\nresult = hub_scripts.push({str(tree)!r}, {repo_id!r}, **{options!r})"
 
 
-def command(client: Client, repo_id: str, tree: Path, *options: str, check: bool = False):
-    """`python -m datasets_bids.push` on a tree of sub-NN directories: (exit status, what it printed)."""
+def start_command(client: Client, repo_id: str, tree: Path, *options: str):
+    """`python -m datasets_bids.push` on a tree of sub-NN directories, in a process of its own."""
     schema = client.folder / "schema.yaml"
     schema.write_text(
         "schema:\n  t1w: {path: '{subject}/t1w.nii', optional: true}\n"
@@ -122,7 +122,12 @@ def command(client: Client, repo_id: str, tree: Path, *options: str, check: bool
         *options,
     ]
     code = "from datasets_bids import push, upload; upload.FIRST_WAIT = 0.05; upload.PATIENCE = 5.0\n"
-    run = client.start(code + f"import sys; sys.exit(push.main({args!r}))")
+    return client.start(code + f"import sys; sys.exit(push.main({args!r}))")
+
+
+def command(client: Client, repo_id: str, tree: Path, *options: str, check: bool = False):
+    """The same to its end: (exit status, what it printed)."""
+    run = start_command(client, repo_id, tree, *options)
     status = run.wait()
     if check:
         assert status == 0, run.text
@@ -990,3 +995,42 @@ def test_902_shards_take_few_commits(hub, client, stock, tmp_path):
     assert len([path for path in hub.tree("alice/arc") if path.startswith("data/")]) == 902
     assert len(hub.log("commit")) <= 12
     assert len(read(stock, "alice/arc")) == 902
+
+
+# -- the preview beside the volumes --------------------------------------------------------------------------------------
+
+
+def preview_files(hub, repo_id):
+    return [path for path in hub.tree(repo_id) if path.startswith("preview/")] if hub.exists(repo_id) else []
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_a_preview_goes_with_the_volumes(hub, client, stock, tree, processes):
+    """In the same commit; killed anywhere, nothing that was uploaded is uploaded again."""
+    repo_id = f"alice/pictures-{processes}"
+    options = ("--num-shards", "4", "--num-proc", processes)
+    run = start_command(client, repo_id, tree, *options)
+    deadline = time.monotonic() + 30
+    while len(uploads(hub)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    run.kill_group(signal.SIGKILL)
+    run.wait()
+    assert len(preview_files(hub, repo_id)) in (0, 4)
+    status, text = command(client, repo_id, tree, *options)
+    assert status == 0, text
+    assert len(preview_files(hub, repo_id)) == 4
+    # Of the files in work when it was killed, some had been uploaded and not been written down.
+    assert sum(uploads(hub).values()) <= 8 + 2 * (int(processes) + 1)
+    read = "import json\nfrom datasets import load_dataset\n"
+    read += f"v = load_dataset({repo_id!r}, split='train', streaming=True)\n"
+    read += f"p = load_dataset({repo_id!r}, 'preview', split='train', streaming=True)\n"
+    read += "print(v.features['t1w'], p.features['t1w'])\n"
+    read += "assert [r['subject_id'] for r in v.select_columns('subject_id')] == [r['subject_id'] for r in p]\n"
+    stock.run(read)
+    # What is there is not made again, and without a preview the pictures of the former state go.
+    before = uploads(hub)
+    assert command(client, repo_id, tree, *options)[0] == 0
+    assert uploads(hub) == before
+    assert command(client, repo_id, tree, *options, "--verify-only")[0] == 0
+    assert command(client, repo_id, tree, *options, "--no-preview")[0] == 0
+    assert preview_files(hub, repo_id) == [] and uploads(hub) == before

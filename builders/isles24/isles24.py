@@ -38,6 +38,11 @@ _PERFUSION = {"count": 140, "tolerance": 5}
 _VESSELS = {"count": 100, "tolerance": 10}
 
 
+# Hounsfield units in which contrast medium in vessels, and its passage through tissue, are seen.
+_CTA_WINDOW = [-50, 450]
+_CTP_WINDOW = [0, 150]
+
+
 def _optional(*paths: str) -> dict:
     """An image that the release has for some subjects only."""
     return {"path": list(paths), "optional": True}
@@ -77,6 +82,14 @@ class Isles24(BidsBuilder):
                 },
                 "same_grid": [["dwi", "adc", "lesion_mask"], ["tmax", "mtt", "cbf", "cbv"]],
                 "archive_md5": _MD5,
+            },
+            # The vessel masks are registered to the NCCT, the CTA is not.
+            preview={
+                "lesion_mask": "dwi",
+                "lvo_mask": "ncct",
+                "cow_mask": "ncct",
+                "cta": _CTA_WINDOW,
+                "ctp": _CTP_WINDOW,
             },
         ),
         BidsConfig(
@@ -125,6 +138,15 @@ class Isles24(BidsBuilder):
                 ],
                 "archive_md5": _MD5,
             },
+            preview={
+                "space_ncct_lesion_mask": "space_ncct_dwi",
+                "space_ncct_lvo_mask": "space_ncct_cta",
+                "space_ncct_cow_mask": "space_ncct_cta",
+                "raw_cta": _CTA_WINDOW,
+                "space_ncct_cta": _CTA_WINDOW,
+                "raw_ctp": _CTP_WINDOW,
+                "space_ncct_ctp": _CTP_WINDOW,
+            },
         ),
         BidsConfig(
             name="mr-lite",
@@ -142,6 +164,7 @@ class Isles24(BidsBuilder):
                 "columns": {"dwi": 149, "adc": 149, "lesion_mask": 149},
                 "same_grid": [["dwi", "adc", "lesion_mask"]],
             },
+            preview={"lesion_mask": "dwi"},
         ),
     ]
     DEFAULT_CONFIG_NAME = "default"
