@@ -48,16 +48,13 @@ class BidsConfig(datasets.BuilderConfig):
         splits (`dict[str, str]`, defaults to `{"train": ""}`): split -> its directory, which the schema's patterns are
             relative to.
         release (`str`, *optional*): the release of the dataset that the schema was written for; named in errors.
-<<<<<<< HEAD
+        expected (`dict`, *optional*): what the release holds, for `python -m datasets_bids.validate`; see
+            `datasets_bids.validation.parse_expected`.
         subjects, sessions (`list[str]`, *optional*): take only these, with or without `sub-` and `ses-`.
         datatypes, suffixes (`list[str]`, *optional*): take only images of these (`"anat"`; `"T1w"`). Without a schema.
         derivatives (`bool` or `list[str]`, *optional*): join the images of these derivatives (or of all) to the rows, in
             columns that begin with the derivative's name. Without a schema.
         sidecars (`bool`, defaults to `False`): a column with the JSON sidecar for each image column. Without a schema.
-=======
-        expected (`dict`, *optional*): what the release holds, for `python -m datasets_bids.validate`; see
-            `datasets_bids.validation.parse_expected`.
->>>>>>> main
 
     Example:
 
@@ -74,16 +71,13 @@ class BidsConfig(datasets.BuilderConfig):
     metadata_from: str | dict[str, Any] | list[Any] | None = None
     splits: dict[str, str] = field(default_factory=lambda: {"train": ""})
     release: str | None = None
-<<<<<<< HEAD
+    expected: dict[str, Any] | None = None
     subjects: list[str] | None = None
     sessions: list[str] | None = None
     datatypes: list[str] | None = None
     suffixes: list[str] | None = None
     derivatives: bool | list[str] | None = None
     sidecars: bool = False
-=======
-    expected: dict[str, Any] | None = None
->>>>>>> main
 
 
 class BidsBuilder(datasets.GeneratorBasedBuilder):

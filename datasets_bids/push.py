@@ -98,27 +98,23 @@ def load_builder(options: argparse.Namespace, **kwargs: Any) -> datasets.Dataset
                 raise ValueError(f"{options.schema}: is no YAML ({e})") from e
         if not isinstance(config, dict):
             raise ValueError(f"{options.schema}: expected the keys schema, row, metadata_from and splits")
-<<<<<<< HEAD
     for key in ("row", "subjects", "sessions", "datatypes", "suffixes", "derivatives", "sidecars"):
-        if getattr(options, key) is not None:
+        if getattr(options, key, None) is not None:
             config[key] = getattr(options, key)
     storage_options = {}
-    for option in options.storage_option:
+    for option in getattr(options, "storage_option", ()):
         key, equals, value = option.partition("=")
         if not equals or not key:
             raise ValueError(f"--storage-option {option}: expected KEY=VALUE, such as anon=true")
         storage_options[key] = yaml.safe_load(value)
-    builder = datasets.load_dataset_builder(
-        options.builder, options.config, data_dir=options.data_dir, storage_options=storage_options or None, **config
+    return datasets.load_dataset_builder(
+        options.builder, options.config, storage_options=storage_options or None, **config, **kwargs
     )
-=======
-    return datasets.load_dataset_builder(options.builder, options.config, **config, **kwargs)
 
 
 def build(options: argparse.Namespace) -> datasets.DatasetBuilder:
     """The builder with its rows of paths prepared."""
     builder = load_builder(options, data_dir=options.data_dir)
->>>>>>> main
     builder.download_and_prepare()
     return builder
 
