@@ -12,6 +12,7 @@ How it works:
 """
 
 import bz2
+import functools
 import io
 import math
 import zlib
@@ -571,6 +572,7 @@ def _compose(panels: list[_Panel], volume: Volume, notes: list[str]) -> Image.Im
     return picture
 
 
+@functools.cache
 def _font(size: int) -> Any:
     return ImageFont.load_default(size)
 
