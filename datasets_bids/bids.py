@@ -46,6 +46,8 @@ class BidsConfig(datasets.BuilderConfig):
         preview (`dict`, *optional*): how images are shown. Column of a mask -> column of the image that it is drawn on;
             column of an image -> `[black, white]`, values in the image's unit. By default masks are drawn alone, CT in
             the brain window and everything else between percentiles.
+        expected (`dict`, *optional*): what the release holds, for `python -m datasets_bids.validate`; see
+            `datasets_bids.validation.parse_expected`.
 
     Example:
 
@@ -62,6 +64,7 @@ class BidsConfig(datasets.BuilderConfig):
     splits: dict[str, str] = field(default_factory=lambda: {"train": ""})
     release: str | None = None
     preview: dict[str, Any] | None = None
+    expected: dict[str, Any] | None = None
 
 
 class BidsBuilder(datasets.GeneratorBasedBuilder):

@@ -5,6 +5,7 @@ import contextlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import datasets
 import yaml
@@ -14,6 +15,7 @@ from .card import builder_card
 from .hub import PushPlan, plan_push, push_to_directory, size
 from .pictures import ROW_NBYTES
 from .upload import HubPush, Workers, dask_executor, make_target
+from .validation import refuse_exposure
 
 
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:
@@ -32,6 +34,16 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-proc", type=int, default=1, help="processes that embed and upload shards (default: 1)")
     parser.add_argument(
         "--dask", metavar="ADDRESS", help="let an existing Dask cluster do it, such as tcp://scheduler:8786"
+    )
+    parser.add_argument(
+        "--affirm-defaced",
+        action="store_true",
+        help="for a public push of anatomical images: they are defaced, or shared with the participants' explicit consent",
+    )
+    parser.add_argument(
+        "--allow-identity-fields",
+        action="store_true",
+        help="push to a public repository although names, dates, serial numbers or ages above 89 were found",
     )
     parser.add_argument("--verify-only", action="store_true", help="compare what is on the Hub with the tree, no more")
     parser.add_argument("--abort", action="store_true", help="remove what an unfinished push left, no more")
@@ -53,14 +65,15 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     if options.num_proc < 1:
         parser.error("--num-proc is at least 1")
     if not options.repo_id:
-        for name in ("private", "revision", "create_pr", "dask", "verify_only", "abort"):
+        needs_hub = ("private", "revision", "create_pr", "dask", "verify_only", "abort")
+        for name in (*needs_hub, "affirm_defaced", "allow_identity_fields"):
             if getattr(options, name):
                 parser.error(f"--{name.replace('_', '-')} goes with --repo-id")
     return options
 
 
-def build(options: argparse.Namespace) -> datasets.DatasetBuilder:
-    """The builder with its rows of paths prepared."""
+def load_builder(options: argparse.Namespace, **kwargs: Any) -> datasets.DatasetBuilder:
+    """The builder that the options name; without a `data_dir`, what it declares."""
     if options.builder != "bids" and loading.find_script(options.builder) is None:
         raise ValueError(
             f"{options.builder}: is no builder directory (NAME/ with a NAME.py that declares a BidsBuilder), nor the name bids"
@@ -74,7 +87,12 @@ def build(options: argparse.Namespace) -> datasets.DatasetBuilder:
                 raise ValueError(f"{options.schema}: is no YAML ({e})") from e
         if not isinstance(config, dict):
             raise ValueError(f"{options.schema}: expected the keys schema, row, metadata_from and splits")
-    builder = datasets.load_dataset_builder(options.builder, options.config, data_dir=options.data_dir, **config)
+    return datasets.load_dataset_builder(options.builder, options.config, **config, **kwargs)
+
+
+def build(options: argparse.Namespace) -> datasets.DatasetBuilder:
+    """The builder with its rows of paths prepared."""
+    builder = load_builder(options, data_dir=options.data_dir)
     builder.download_and_prepare()
     return builder
 
@@ -129,6 +147,10 @@ def push_to_hub(plan: PushPlan, options: argparse.Namespace, builder: datasets.D
         push.verify_only()
         print(f"{repo_id} is what the tree gives: {len(push.shards)} shards, first and last example read back.")
     else:
+        if push.will_be_public():
+            refuse_exposure(
+                plan.splits, defaced=options.affirm_defaced, allow_identity_fields=options.allow_identity_fields
+            )
         with dask_executor(options.dask) if options.dask else contextlib.nullcontext() as executor:
             commit = push.run(Workers(options.num_proc, executor))
         print(f"Done and verified: {commit.pr_url or commit.commit_url}")
