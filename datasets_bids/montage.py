@@ -15,6 +15,7 @@ import bz2
 import functools
 import io
 import math
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -157,7 +158,10 @@ class Volume:
                 count = min(at_once, self.shape[2] - first)
                 done = 0
                 while done < count * nbytes:
-                    n = stream.readinto(view[done : count * nbytes])
+                    try:
+                        n = stream.readinto(view[done : count * nbytes])
+                    except EOFError:  # of a compressed file
+                        n = 0
                     if not n:
                         raise CannotDraw(f"cut off in plane {first + done // nbytes + 1} of {self.shape[2]}")
                     done += n
@@ -393,9 +397,14 @@ def draw(
         return placeholder(e)
 
 
-def placeholder(error: Exception) -> bytes:
-    """A picture that says why there is none. JPEG."""
+def placeholder(error: Exception, path: str | None = None) -> bytes:
+    """A picture that says why there is none. JPEG.
+
+    Args:
+        path (`str`, *optional*): the file's; its directories are left out, since pictures are published
+    """
     text = str(error) if isinstance(error, CannotDraw) else f"cannot be read: {error}"
+    text = text.replace(path, os.path.basename(path)) if path else text
     picture = Image.new("L", (3 * PANEL, PANEL // 2), 40)
     pen = ImageDraw.Draw(picture)
     pen.rectangle((0, 0, picture.width - 1, picture.height - 1), outline=90)

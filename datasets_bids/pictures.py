@@ -146,7 +146,7 @@ class Preview:
                 masks[cell] = Mask(_decode(values[cell], found[cell]))
                 found[cell]["ml"] = round(masks[cell].ml, 4)
             except UNREADABLE as e:
-                found[cell]["picture"] = placeholder(e)
+                found[cell]["picture"] = placeholder(e, values[cell]["path"])
         base = {cell: (self.on[cell[0]], 0) for cell in masks if (self.on.get(cell[0]), 0) in values}
         share = max_nbytes // max(len(values), 1)
         for cell, value in values.items():
@@ -168,7 +168,7 @@ class Preview:
                 for drawn, point in ((cell, centre), *((mask, of.centre) for mask, of in own.items())):
                     found[drawn] |= {} if point is None else {"centre": point.round(3).tolist()}
             except UNREADABLE as e:
-                pictures = dict.fromkeys([cell, *own], placeholder(e))
+                pictures = dict.fromkeys([cell, *own], placeholder(e, value["path"]))
             for drawn, picture in pictures.items():
                 found[drawn]["picture"] = picture
         return found
