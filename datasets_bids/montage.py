@@ -12,8 +12,10 @@ How it works:
 """
 
 import bz2
+import functools
 import io
 import math
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -46,8 +48,8 @@ BRAIN_WINDOW = (0.0, 80.0)
 READ_NBYTES = 4 * 1024**2
 """Bytes that are inflated at a time, if they hold a plane: fewer calls than one a plane, and little memory."""
 
-SATURATED = 0.002
-"""Part of the voxels at either end of the histogram that may be black or white. A small infarct is 0.3 % of a head."""
+SATURATED = (0.002, 0.0005)
+"""Part of the voxels that may be black, and white. A small infarct is 0.1 % of a head, and the brightest of what DWI shows."""
 
 COLOURS = ((255, 70, 60), (80, 200, 255), (255, 200, 40), (130, 230, 90), (230, 120, 255), (255, 140, 40))
 """Of labels 1, 2, ...; the first is for masks."""
@@ -156,7 +158,10 @@ class Volume:
                 count = min(at_once, self.shape[2] - first)
                 done = 0
                 while done < count * nbytes:
-                    n = stream.readinto(view[done : count * nbytes])
+                    try:
+                        n = stream.readinto(view[done : count * nbytes])
+                    except EOFError:  # of a compressed file
+                        n = 0
                     if not n:
                         raise CannotDraw(f"cut off in plane {first + done // nbytes + 1} of {self.shape[2]}")
                     done += n
@@ -245,19 +250,25 @@ class Mask:
         self.ml = voxels * abs(float(np.linalg.det(self.volume.affine[:3, :3]))) / 1000
         self.centre = self.volume.world(tuple(int(c.argmax()) for c in counts)) if voxels else None
 
-    def at(self, world: np.ndarray) -> np.ndarray:
-        """Whether points are inside.
+    def on(self, volume: Volume, axis: int, index: int) -> np.ndarray:
+        """Which voxels of another volume's slice are inside.
 
         Args:
-            world (`numpy.ndarray`): `(..., 3)`, mm
+            volume (`Volume`): on whatever grid
+            axis, index (`int`): the slice across this voxel axis
 
         Returns:
-            `numpy.ndarray`: bool, `(...)`
+            `numpy.ndarray`: bool, the other two axes in their order
         """
-        inverse = np.linalg.inv(self.volume.affine)
-        voxel = np.rint(world @ inverse[:3, :3].T + inverse[:3, 3]).astype(np.int64)
-        inside = ((voxel >= 0) & (voxel < self.volume.shape)).all(axis=-1)
-        i, j, k = np.moveaxis(np.where(inside[..., None], voxel, 0), -1, 0)
+        to_mask = np.linalg.inv(self.volume.affine) @ volume.affine
+        first, second = (other for other in range(3) if other != axis)
+        inside, voxel = np.True_, []
+        for row, n in zip(to_mask[:3], self.volume.shape, strict=True):
+            down = row[first] * np.arange(volume.shape[first]) + row[axis] * index + row[3]
+            places = np.rint(down[:, None] + row[second] * np.arange(volume.shape[second])).astype(np.int64)
+            inside = inside & (places >= 0) & (places < n)
+            voxel.append(places)
+        i, j, k = (np.where(inside, places, 0) for places in voxel)
         flat = i + j * self.volume.shape[0]
         return inside & (self._bits[k, flat >> 3] >> (7 - (flat & 7)) & 1).astype(bool)
 
@@ -329,7 +340,7 @@ class Window:
             return cls(*BRAIN_WINDOW, "HU")
         background = values.min() if (values == values.min()).mean() > 0.05 else None
         inside = values if background is None else values[values != background]
-        low, high = np.quantile(inside, (SATURATED, 1 - SATURATED)) if len(inside) else (background, background)
+        low, high = np.quantile(inside, (SATURATED[0], 1 - SATURATED[1])) if len(inside) else (background, background)
         if background is not None:
             low = min(low, max(float(background), low - (high - low)))
         if high <= low:
@@ -392,9 +403,14 @@ def draw(
         return placeholder(e)
 
 
-def placeholder(error: Exception) -> bytes:
-    """A picture that says why there is none. JPEG."""
+def placeholder(error: Exception, path: str | None = None) -> bytes:
+    """A picture that says why there is none. JPEG.
+
+    Args:
+        path (`str`, *optional*): the file's; its directories are left out, since pictures are published
+    """
     text = str(error) if isinstance(error, CannotDraw) else f"cannot be read: {error}"
+    text = text.replace(path, os.path.basename(path)) if path else text
     picture = Image.new("L", (3 * PANEL, PANEL // 2), 40)
     pen = ImageDraw.Draw(picture)
     pen.rectangle((0, 0, picture.width - 1, picture.height - 1), outline=90)
@@ -493,13 +509,7 @@ def _panel(
         pixels = shades.grey(values)
     drawn = None
     if mask is not None and mask.centre is not None:
-        others = sorted((axes[across_world], axes[up_world]))
-        points = np.zeros((*(volume.shape[axis] for axis in others), 3))
-        points[..., axes[world]] = voxel[axes[world]]
-        grid = np.meshgrid(*(np.arange(volume.shape[axis]) for axis in others), indexing="ij")
-        for axis, indices in zip(others, grid, strict=True):
-            points[..., axis] = indices
-        inside = turned(mask.at(points @ volume.affine[:3, :3].T + volume.affine[:3, 3]))
+        inside = turned(mask.on(volume, axes[world], voxel[axes[world]]))
         drawn = Image.fromarray(inside.astype(np.uint8) * 255)
     mm = tuple(volume.voxel_mm[axes[w]] * volume.shape[axes[w]] for w in (across_world, up_world))
     return _Panel(Image.fromarray(np.ascontiguousarray(pixels)), drawn, mm, left, right)
@@ -571,6 +581,7 @@ def _compose(panels: list[_Panel], volume: Volume, notes: list[str]) -> Image.Im
     return picture
 
 
+@functools.cache
 def _font(size: int) -> Any:
     return ImageFont.load_default(size)
 

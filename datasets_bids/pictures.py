@@ -39,6 +39,10 @@ TEXT_LENGTH = 200
 MEASURED = {"ml": "float64", "shape": "string", "voxel_mm": "string", "nbytes": "int64"}
 """What is measured on an image, in columns of its own: the volume of a mask (ml), voxels along each axis, their size, bytes as stored."""
 
+_THREADS = (
+    2  # rows drawn at a time: inflating leaves Python's lock alone, and takes several times as long as embedding
+)
+
 _THUMBNAILS = 3  # of a list, in a cell of a table
 
 _GROUP_ROWS = 100  # a page of the viewer is one row group, of at most 30 MB
@@ -142,7 +146,7 @@ class Preview:
                 masks[cell] = Mask(_decode(values[cell], found[cell]))
                 found[cell]["ml"] = round(masks[cell].ml, 4)
             except UNREADABLE as e:
-                found[cell]["picture"] = placeholder(e)
+                found[cell]["picture"] = placeholder(e, values[cell]["path"])
         base = {cell: (self.on[cell[0]], 0) for cell in masks if (self.on.get(cell[0]), 0) in values}
         share = max_nbytes // max(len(values), 1)
         for cell, value in values.items():
@@ -164,7 +168,7 @@ class Preview:
                 for drawn, point in ((cell, centre), *((mask, of.centre) for mask, of in own.items())):
                     found[drawn] |= {} if point is None else {"centre": point.round(3).tolist()}
             except UNREADABLE as e:
-                pictures = dict.fromkeys([cell, *own], placeholder(e))
+                pictures = dict.fromkeys([cell, *own], placeholder(e, value["path"]))
             for drawn, picture in pictures.items():
                 found[drawn]["picture"] = picture
         return found
@@ -202,14 +206,19 @@ class Preview:
             stop (`threading.Event`, *optional*): gives up before the next row once it is set
         """
         features = self.features
+
+        def row(example: dict[str, Any]) -> dict[str, Any]:
+            if stop is not None and stop.is_set():
+                raise InterruptedError("the preview was given up")  # or half of it would pass for the whole
+            return self.row(example)
+
         # By this the writer takes the rows for small ones, as they are.
-        with parquet_writer(path, features, np.array([ROW_NBYTES])) as writer:
+        with (
+            parquet_writer(path, features, np.array([ROW_NBYTES])) as writer,
+            ThreadPoolExecutor(_THREADS, thread_name_prefix="draw") as threads,
+        ):
             for first in range(start, max(stop_row, start + 1), _GROUP_ROWS):
-                rows = []
-                for example in examples(dataset, first, min(first + _GROUP_ROWS, stop_row)):
-                    if stop is not None and stop.is_set():
-                        raise InterruptedError("the preview was given up")  # or half of it would pass for the whole
-                    rows.append(self.row(example))
+                rows = list(threads.map(row, examples(dataset, first, min(first + _GROUP_ROWS, stop_row))))
                 writer.write_table(
                     pa.Table.from_pylist(rows, schema=features.arrow_schema), row_group_size=_GROUP_ROWS
                 )

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import threading
+from pathlib import Path
 
 import datasets
 import nibabel as nib
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Features, List, Nifti, Value
 from huggingface_hub import DatasetCard
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from datasets_bids import BidsDataset, montage
 from datasets_bids.card import remove_config, update_card
@@ -84,6 +85,23 @@ def test_columns_and_what_is_measured(dataset, tmp_path):
     assert second["lesion"] is second["lesion_ml"] is second["lesion_shape"] is second["age"] is None
     assert second["bold"] == second["bold_nbytes"] == []
     assert third["lesion_ml"] == 0 and third["dwi"]["bytes"] == third["lesion"]["bytes"], "both say why"
+
+
+def test_no_directory_of_this_machine_is_drawn(dataset, tmp_path, monkeypatch):
+    """Pictures are published."""
+    said = []
+
+    class Pen(ImageDraw.ImageDraw):
+        def multiline_text(self, xy, text, *args, **kwargs):
+            said.append(text)
+
+    monkeypatch.setattr(montage.ImageDraw, "Draw", Pen)
+    Path(dataset[0]["lesion"].get_filename()).write_bytes(b"no image")
+    preview = Preview.of({"train": dataset}, {"lesion": "dwi"})
+    written(preview, dataset, tmp_path / "p")
+    text = " ".join(" ".join(said).split())
+    assert "cannot be read: sub-0_lesion-msk.nii.gz is no NIfTI image" in text and "cut off in plane" in text
+    assert tmp_path.name not in text and str(tmp_path.parent) not in text
 
 
 def test_a_mask_is_drawn_on_the_image_that_the_builder_names(dataset, tmp_path):

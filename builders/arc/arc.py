@@ -52,6 +52,7 @@ class Arc(BidsBuilder):
                     "wab_type": {"column": "wab_type", "dtype": "string"},
                 },
             },
+            preview={"lesion": "t2w"},
             expected={
                 "paths": ["participants.tsv", "derivatives/lesion_masks"],
                 "subjects": 230,

@@ -24,6 +24,7 @@ class Atlas2(BidsBuilder):
                 "lesion_mask": {"path": _IMAGE + "*desc-T1lesion_mask.nii.gz", "optional": True},
                 "site": {"capture": "site"},
             },
+            preview={"lesion_mask": "t1w"},
             metadata_from={
                 "path": "*_ATLAS_2.0_MetaData.*",  # .xlsx as released; some copies hold it as .csv
                 "key": "Subject ID",
