@@ -28,6 +28,7 @@ from datasets import Dataset, Features, List, Nifti, Value
 
 from .embed import parquet_writer
 from .montage import UNREADABLE, Mask, Slices, Volume, draw, placeholder
+from .shards import local_path, remote_nbytes
 
 
 ROW_NBYTES = 300_000
@@ -367,10 +368,8 @@ def _decode(value: Mapping[str, Any], found: dict[str, Any]) -> Any:
     return image
 
 
-def _nbytes(value: Mapping[str, Any]) -> int | None:
+def _nbytes(value: Mapping[str, Any]) -> int:
     if value["bytes"] is not None:
         return len(value["bytes"])
-    try:
-        return os.path.getsize(value["path"])
-    except OSError:
-        return None  # a remote file
+    local = local_path(value["path"])
+    return remote_nbytes(value["path"]) if local is None else os.path.getsize(local)

@@ -272,7 +272,7 @@ def value_nbytes(
             sizes[i] = (
                 _local_size(local, isinstance(leaf.feature, Nifti) and refusals is not None, refusals is not None)
                 if local is not None
-                else (remote_size or _remote_size)(path, token_per_repo_id)
+                else (remote_size or remote_nbytes)(path, token_per_repo_id)
             )
             if local is None and sizes[i] == 0 and refusals is not None:
                 raise _Unstorable("is empty (0 bytes): get it again, or set the value to None")
@@ -355,7 +355,8 @@ class _Unstorable(Exception):
     pass
 
 
-def _remote_size(path: str, token_per_repo_id: dict | None) -> int:
+def remote_nbytes(path: str, token_per_repo_id: dict | None = None) -> int:
+    """Size of the file that a URL names."""
     return xgetsize(stored_file(path), download_config=download_config(path, token_per_repo_id))
 
 
@@ -369,7 +370,7 @@ class _Sample:
         if not self._left:
             return sum(self._sizes) // max(len(self._sizes), 1)
         self._left -= 1
-        self._sizes.append(_remote_size(path, token_per_repo_id))
+        self._sizes.append(remote_nbytes(path, token_per_repo_id))
         return self._sizes[-1]
 
 
