@@ -48,6 +48,8 @@ class BidsConfig(datasets.BuilderConfig):
         splits (`dict[str, str]`, defaults to `{"train": ""}`): split -> its directory, which the schema's patterns are
             relative to.
         release (`str`, *optional*): the release of the dataset that the schema was written for; named in errors.
+        expected (`dict`, *optional*): what the release holds, for `python -m datasets_bids.validate`; see
+            `datasets_bids.validation.parse_expected`.
         subjects, sessions (`list[str]`, *optional*): take only these, with or without `sub-` and `ses-`.
         datatypes, suffixes (`list[str]`, *optional*): take only images of these (`"anat"`; `"T1w"`). Without a schema.
         derivatives (`bool` or `list[str]`, *optional*): join the images of these derivatives (or of all) to the rows, in
@@ -69,6 +71,7 @@ class BidsConfig(datasets.BuilderConfig):
     metadata_from: str | dict[str, Any] | list[Any] | None = None
     splits: dict[str, str] = field(default_factory=lambda: {"train": ""})
     release: str | None = None
+    expected: dict[str, Any] | None = None
     subjects: list[str] | None = None
     sessions: list[str] | None = None
     datatypes: list[str] | None = None

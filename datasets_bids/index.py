@@ -194,7 +194,7 @@ def _index_url(root: str, storage_options: Mapping[str, Any] | None) -> Index:
     try:
         found = fs.find(top, detail=True)
     except Exception as e:  # every file system has its own: no credentials, no bucket, no network
-        hint = '; for a public bucket pass storage_options={"anon": True}' if fs.protocol[0] == "s3" else ""
+        hint = '; for a public bucket pass storage_options={"anon": True}' if root.startswith("s3:") else ""
         raise OSError(f"{root}: cannot be listed ({str(e).strip() or type(e).__name__}){hint}") from e
     prefix = top.rstrip("/") + "/" if top.strip("/") else ""
     files = []

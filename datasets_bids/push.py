@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import datasets
 import yaml
@@ -15,6 +16,7 @@ from . import loading
 from .card import builder_card
 from .hub import PushPlan, plan_push, push_to_directory, size
 from .upload import HubPush, Workers, dask_executor, make_target
+from .validation import refuse_exposure
 
 
 def parse_args(args: list[str] | None = None) -> argparse.Namespace:
@@ -50,6 +52,16 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dask", metavar="ADDRESS", help="let an existing Dask cluster do it, such as tcp://scheduler:8786"
     )
+    parser.add_argument(
+        "--affirm-defaced",
+        action="store_true",
+        help="for a public push of anatomical images: they are defaced, or shared with the participants' explicit consent",
+    )
+    parser.add_argument(
+        "--allow-identity-fields",
+        action="store_true",
+        help="push to a public repository although names, dates, serial numbers or ages above 89 were found",
+    )
     parser.add_argument("--verify-only", action="store_true", help="compare what is on the Hub with the tree, no more")
     parser.add_argument("--abort", action="store_true", help="remove what an unfinished push left, no more")
     parser.add_argument("--dry-run", action=argparse.BooleanOptionalAction, help="build and plan, but write nothing")
@@ -64,14 +76,15 @@ def parse_args(args: list[str] | None = None) -> argparse.Namespace:
     if options.num_proc < 1:
         parser.error("--num-proc is at least 1")
     if not options.repo_id:
-        for name in ("private", "revision", "create_pr", "dask", "verify_only", "abort"):
+        needs_hub = ("private", "revision", "create_pr", "dask", "verify_only", "abort")
+        for name in (*needs_hub, "affirm_defaced", "allow_identity_fields"):
             if getattr(options, name):
                 parser.error(f"--{name.replace('_', '-')} goes with --repo-id")
     return options
 
 
-def build(options: argparse.Namespace) -> datasets.DatasetBuilder:
-    """The builder with its rows of paths prepared."""
+def load_builder(options: argparse.Namespace, **kwargs: Any) -> datasets.DatasetBuilder:
+    """The builder that the options name; without a `data_dir`, what it declares."""
     if options.builder != "bids" and loading.find_script(options.builder) is None:
         raise ValueError(
             f"{options.builder}: is no builder directory (NAME/ with a NAME.py that declares a BidsBuilder), nor the name bids"
@@ -86,17 +99,22 @@ def build(options: argparse.Namespace) -> datasets.DatasetBuilder:
         if not isinstance(config, dict):
             raise ValueError(f"{options.schema}: expected the keys schema, row, metadata_from and splits")
     for key in ("row", "subjects", "sessions", "datatypes", "suffixes", "derivatives", "sidecars"):
-        if getattr(options, key) is not None:
+        if getattr(options, key, None) is not None:
             config[key] = getattr(options, key)
     storage_options = {}
-    for option in options.storage_option:
+    for option in getattr(options, "storage_option", ()):
         key, equals, value = option.partition("=")
         if not equals or not key:
             raise ValueError(f"--storage-option {option}: expected KEY=VALUE, such as anon=true")
         storage_options[key] = yaml.safe_load(value)
-    builder = datasets.load_dataset_builder(
-        options.builder, options.config, data_dir=options.data_dir, storage_options=storage_options or None, **config
+    return datasets.load_dataset_builder(
+        options.builder, options.config, storage_options=storage_options or None, **config, **kwargs
     )
+
+
+def build(options: argparse.Namespace) -> datasets.DatasetBuilder:
+    """The builder with its rows of paths prepared."""
+    builder = load_builder(options, data_dir=options.data_dir)
     builder.download_and_prepare()
     return builder
 
@@ -147,6 +165,10 @@ def push_to_hub(plan: PushPlan, options: argparse.Namespace, builder: datasets.D
         push.verify_only()
         print(f"{repo_id} is what the tree gives: {len(push.sources)} shards, first and last example read back.")
     else:
+        if push.will_be_public():
+            refuse_exposure(
+                plan.splits, defaced=options.affirm_defaced, allow_identity_fields=options.allow_identity_fields
+            )
         with dask_executor(options.dask) if options.dask else contextlib.nullcontext() as executor:
             commit = push.run(Workers(options.num_proc, executor))
         print(f"Done and verified: {commit.pr_url or commit.commit_url}")

@@ -420,18 +420,42 @@ def _row_nbytes(
     remote_size = None if remote_sample is None else _Sample(remote_sample)
     table = dataset.data
     others = [name for name, feature in dataset.features.items() if not embeds(feature)]
-    # The mean of all rows, so that a row weighs the same in whatever slice it is looked up.
-    mean = sum(table.column(name).nbytes for name in others) // max(len(table), 1)
-    nbytes = np.full(stop - start, mean, dtype=np.int64)
+    nbytes = np.zeros(stop - start, dtype=np.int64)
     if len(others) == len(dataset.features):
-        return nbytes
+        return nbytes + sum(table.column(name).nbytes for name in others) // max(len(table), 1)
     for first in range(start, stop, BATCH_ROWS):
         last = min(first + BATCH_ROWS, stop)
         batch = query_table(table, slice(first, last), indices=dataset._indices)
         for leaf in table_leaves(batch, dataset.features, first):
             sizes, _ = value_nbytes(leaf, refusals, None, local_files, remote_files, remote_size, inspect)
             np.add.at(nbytes, leaf.rows - start, sizes)
+        for name in others:
+            row = first - start
+            for chunk in batch.column(name).chunks:
+                nbytes[row : row + len(chunk)] += _element_nbytes(chunk)
+                row += len(chunk)
     return nbytes
+
+
+def _element_nbytes(array: pa.Array) -> np.ndarray:
+    """About what each element weighs. It follows from the element alone, so that a row weighs the same in whatever slice or copy
+    of a table it is looked up."""
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    pa_type = array.type
+    if pa.types.is_struct(pa_type):
+        return sum(map(_element_nbytes, array.flatten()), np.zeros(len(array), dtype=np.int64))
+    if pa.types.is_list(pa_type) or pa.types.is_large_list(pa_type) or pa.types.is_fixed_size_list(pa_type):
+        lengths = pc.list_value_length(array).fill_null(0).to_numpy(zero_copy_only=False)
+        nbytes = np.full(len(array), 4, dtype=np.int64)
+        np.add.at(nbytes, np.repeat(np.arange(len(array)), lengths), _element_nbytes(pc.list_flatten(array)))
+        return nbytes
+    if any(
+        is_(pa_type)
+        for is_ in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
+    ):
+        return 4 + pc.binary_length(array).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    return np.full(len(array), 8, dtype=np.int64)
 
 
 def table_leaves(table: pa.Table, features: dict, first_row: int) -> Iterator[Leaf]:

@@ -96,8 +96,9 @@ LINE_SECONDS = 60.0  # between two lines of progress where there is no terminal
 
 _PLAN_FILE = ".datasets-bids/push.json"  # on the working branch only
 
-# One shard at a time is embedded in a process, so that memory is one row's; meanwhile another thread uploads the one before.
-_EMBEDDING = threading.Lock()
+# Held while a shard is embedded: one at a time in a process, so that memory is one row's, while another thread uploads the
+# one before. Processes of a local pool share a semaphore instead.
+_EMBEDDING: Any = threading.Lock()
 
 # Set when the coordinator gave up, so that threads in the middle of their patience do too.
 _STOP = threading.Event()
@@ -316,11 +317,16 @@ class Workers:
 
     def _open(self) -> concurrent.futures.Executor:
         if self.num_proc == 1:
-            # Two threads: one embeds, one uploads.
-            return concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="push-shard")
+            return concurrent.futures.ThreadPoolExecutor(self._tasks, thread_name_prefix="push-shard")
         # Spawned, since a fork of a process with threads may hang.
         context = multiprocessing.get_context("spawn")
-        return concurrent.futures.ProcessPoolExecutor(self.num_proc, context, initializer=_die_with_parent)
+        embedding = context.Semaphore(self.num_proc)
+        return concurrent.futures.ProcessPoolExecutor(self._tasks, context, _start_worker, (embedding,))
+
+    @property
+    def _tasks(self) -> int:
+        """Of `num_proc` workers each embeds a shard and uploads the one before; but not more than two shards wait on disk."""
+        return min(2 * self.num_proc, self.num_proc + 2)
 
     @property
     def width(self) -> int:
@@ -364,8 +370,10 @@ def _deadly(task: ShardTask, nbytes: int) -> PushError:
     )
 
 
-def _die_with_parent() -> None:
-    """In a worker process: a killed push must not leave workers that go on uploading."""
+def _start_worker(embedding: Any) -> None:
+    """In a worker process: shares the semaphore, and dies with the push, which must not leave workers that go on uploading."""
+    global _EMBEDDING
+    _EMBEDDING = embedding
 
     def watch():
         multiprocessing.parent_process().join()
@@ -387,7 +395,7 @@ def dask_executor(address: str) -> Iterator[concurrent.futures.Executor]:
     except ImportError:
         raise ImportError("--dask needs distributed: pip install 'datasets-bids[dask]'") from None
     try:
-        client = Client(address, timeout=30, set_as_default=False)
+        client = Client(address, timeout=10, set_as_default=False)
     except (OSError, ValueError) as error:
         raise PushError(f"there is no Dask scheduler at {address}: {_one_line(str(error))}") from None
     with client:
@@ -521,6 +529,16 @@ class HubPush:
             reason = self.private_because or "--private was asked for"
             raise PushError(f"{repo_id} is public, and must be private: {reason}")
         return True
+
+    def will_be_public(self) -> bool:
+        """Whether everyone will see what is pushed. Nothing is written.
+
+        Raises:
+            PushError: see `check_access`
+        """
+        if not self.check_access():
+            return not self.private
+        return not patiently(self._repo_info, f"looking for {self.target.repo_id}").private
 
     def _repo_info(self, revision: str | None = None):
         return self.api.repo_info(self.target.repo_id, repo_type="dataset", revision=revision, timeout=TIMEOUT)

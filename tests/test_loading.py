@@ -279,10 +279,10 @@ def test_install_is_idempotent_and_undone(tiny):
     assert load_dataset(str(builder), data_dir=tree, split="train").num_rows == 2
 
 
-def test_a_remote_tree_and_data_files_are_refused(tiny):
+def test_a_missing_tree_and_data_files_are_refused(tiny):
     builder, tree = tiny
-    with pytest.raises(ValueError, match="only local directories"):
-        load_dataset(str(builder), data_dir="s3://bucket/tree")
+    with pytest.raises(FileNotFoundError, match="There is no file under memory://nowhere: check data_dir"):
+        load_dataset(str(builder), data_dir="memory://nowhere")
     with pytest.raises(ValueError, match="pass data_dir=, not data_files="):
         load_dataset(str(builder), data_files=str(tree / "participants.tsv"))
     with pytest.raises(FileNotFoundError, match="no directory .*nowhere: check data_dir"):

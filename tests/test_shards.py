@@ -179,3 +179,26 @@ def test_sizes_of_remote_files_can_be_sampled():
         assert embedded_nbytes(dataset).tolist() == [10, 20, 30, 40, 50]
         assert embedded_nbytes(dataset, remote_files=False).tolist() == [0] * 5
     fs.rm("/sizes", recursive=True)
+
+
+def test_a_row_weighs_the_same_alone_and_among_others(tmp_path):
+    """A shard is planned on the whole dataset and written from a copy of its own rows."""
+    (tmp_path / "a.nii").write_bytes(b"12345")
+    features = Features(
+        {"image": Nifti(), "id": Value("string"), "runs": List(Value("string")), "age": Value("int64")}
+    )
+    dataset = Dataset.from_dict(
+        {
+            "image": [str(tmp_path / "a.nii")] * 4,
+            "id": ["a", "b" * 100, None, "ccc"],
+            "runs": [["x"], None, [], ["y" * 30, None]],
+            "age": [1, None, 2, 3],
+        },
+        features=features,
+    )
+    together = embedded_nbytes(dataset)
+    assert len(set(together.tolist())) > 1
+    for row in range(4):
+        alone = Dataset(dataset.with_format("arrow")[row : row + 1].combine_chunks(), info=dataset.info)
+        assert embedded_nbytes(alone).tolist() == [together[row]]
+        assert embedded_nbytes(dataset, row, row + 1).tolist() == [together[row]]

@@ -3,6 +3,9 @@
 import hashlib
 import multiprocessing
 import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ import datasets_bids  # noqa: F401
 from datasets_bids import storage
 from datasets_bids.index import index_tree
 
+from .hub_server import HubServer
 from .s3_server import NO_CREDENTIALS, FaultyProxy, s3_server, upload
 from .test_push import push_to, read_with_stock, run
 from .trees import noise_bytes, write_volumes
@@ -152,6 +156,42 @@ def test_pushed_bit_for_bit_as_the_local_copy_in_spite_of_faults(tmp_path, serve
     assert len(list((tmp_path / "remote" / "data").glob("*.parquet"))) > 2
     assert "| `age` | `Value('int64')` | unit: year |" in (tmp_path / "remote" / "README.md").read_text()
     assert [row["subject_id"] for row in read_with_stock(tmp_path / "remote")] == ["sub-01"] * 2 + ["sub-03"] * 2
+    proxy.close()
+
+
+def test_a_push_to_the_hub_holds_a_few_shards(tmp_path, server):
+    tree = make_tree(tmp_path / "tree")
+    upload(server, tree, "hub/ds")
+    proxy = FaultyProxy(server, reset_every=4)
+    home = tmp_path / "home"
+    largest, done = [0, 0], threading.Event()
+
+    def watch():
+        while not done.wait(0.005):
+            sizes = []
+            for path in home.rglob("*.parquet*"):
+                try:
+                    sizes.append(path.stat().st_size)
+                except FileNotFoundError:
+                    pass
+            largest[:] = max(largest[0], len(sizes)), max(largest[1], sum(sizes))
+
+    with HubServer(tmp_path / "hub") as hub:
+        env = hub.env(home=home) | NO_CREDENTIALS | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        options = ["--storage-option", "anon=true", "--storage-option", f"endpoint_url={proxy.url}", "--num-proc", "2"]
+        for data_dir, repo_id, more in ((tree, "alice/local", []), ("s3://hub/ds", "alice/remote", options)):
+            args = ["bids", "--data-dir", str(data_dir), "--repo-id", repo_id, "--max-shard-size", "310kB", "--private", *more]
+            command = [sys.executable, "-m", "datasets_bids.push", *args]
+            pushed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+            assert pushed.returncode == 0, pushed.stderr
+        done.set()
+        watcher.join()
+        assert hub.tree("alice/remote") == hub.tree("alice/local")
+        shards = [path for path in hub.tree("alice/remote") if path.endswith(".parquet")]
+    assert len(shards) == 6 and 0 < largest[0] <= 4 and largest[1] < 4 * 310_000
+    assert proxy.resets
     proxy.close()
 
 

@@ -110,7 +110,17 @@ def command(client: Client, repo_id: str, tree: Path, *options: str, check: bool
         "schema:\n  t1w: {path: '{subject}/t1w.nii', optional: true}\n"
         "  bold: {path: '{subject}/bold-*.nii', many: true, optional: true}\n"
     )
-    args = ["bids", "--data-dir", str(tree), "--schema", str(schema), "--repo-id", repo_id, *options]
+    args = [
+        "bids",
+        "--data-dir",
+        str(tree),
+        "--schema",
+        str(schema),
+        "--repo-id",
+        repo_id,
+        "--affirm-defaced",
+        *options,
+    ]
     code = "from datasets_bids import push, upload; upload.FIRST_WAIT = 0.05; upload.PATIENCE = 5.0\n"
     run = client.start(code + f"import sys; sys.exit(push.main({args!r}))")
     status = run.wait()
@@ -267,6 +277,7 @@ if __name__ == "__script__":
 
 
 def test_there_is_no_cluster(client, tree):
+    pytest.importorskip("distributed")
     status, text = command(client, "alice/nowhere", tree, "--dask", "tcp://127.0.0.1:9")
     assert status == 1 and "no Dask scheduler at tcp://127.0.0.1:9" in text.splitlines()[-1]
 
@@ -282,6 +293,21 @@ def test_a_killed_worker_is_replaced(hub, client, stock, tree):
     workers[0].kill()
     run.result()
     assert read(stock, "alice/killed-worker") == truth(tree)
+
+
+def test_workers_die_with_the_push(hub, client, tree):
+    import psutil
+
+    hub.set_faults(Fault("lfs_upload", kind="slow", seconds=1, count=99))
+    run = client.start(script(tree, "alice/orphans", num_proc=2))
+    wait_for(hub, "lfs_upload", run)
+    children = psutil.Process(run.pid).children(recursive=True)
+    psutil.Process(run.pid).kill()
+    assert run.wait() == -signal.SIGKILL
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert children and not alive
+    hub.set_faults()
+    client.run(script(tree, "alice/orphans"))
 
 
 def test_an_embedded_shard_leaves_no_memory_behind(tree, tmp_path):
@@ -481,6 +507,7 @@ def test_interrupted_from_the_keyboard(hub, client, tree):
     schema = client.folder / "t1w.yaml"
     schema.write_text("schema:\n  t1w: {path: '{subject}/t1w.nii', optional: true}\n")
     args = ["bids", "--data-dir", str(tree), "--schema", str(schema), "--repo-id", "alice/ctrl-c", "--num-shards", "8"]
+    args.append("--affirm-defaced")
     run = client.start(code + f"status = push.main({args!r}); sys.stderr.flush(); os._exit(status)")
     wait_for(hub, "lfs_upload", run, 4)
     start = time.monotonic()
@@ -661,6 +688,22 @@ def test_what_must_be_private_is(hub, client, tree):
     client.run(script(tree, "alice/atlas", **reason))
     state = json.loads((hub.root / "datasets" / "alice" / "atlas" / "repo.json").read_text())
     assert state["private"] is True
+
+
+def test_a_builder_says_what_must_be_private(hub, client, tree, tmp_path):
+    (tmp_path / "atlas").mkdir()
+    (tmp_path / "atlas" / "atlas.py").write_text(
+        "from datasets_bids import BidsBuilder, BidsConfig\n\n\n"
+        "class Atlas(BidsBuilder):\n"
+        '    PRIVATE_BECAUSE = "its data use agreement forbids to redistribute it"\n'
+        '    BUILDER_CONFIGS = [BidsConfig(schema={"t1w": {"path": "{subject}/t1w.nii", "optional": True}})]\n'
+    )
+    args = [str(tmp_path / "atlas"), "--data-dir", str(tree), "--repo-id", "alice/by-builder"]
+    code = "from datasets_bids import push\nresult = push.main({!r})"
+    run = client.start(code.format(args))
+    assert run.result() == 1 and "alice/by-builder must be private (--private): its data use" in run.text
+    assert not hub.exists("alice/by-builder")
+    assert client.run(code.format([*args, "--private"])) == 0
 
 
 def test_the_token_is_nowhere(hub, client, tree, tmp_path):

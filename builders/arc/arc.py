@@ -52,5 +52,13 @@ class Arc(BidsBuilder):
                     "wab_type": {"column": "wab_type", "dtype": "string"},
                 },
             },
+            expected={
+                "paths": ["participants.tsv", "derivatives/lesion_masks"],
+                "subjects": 230,
+                "sessions": 902,
+                # Both tasks together are what is published of the BOLD series.
+                "columns": {"t1w": 444, "t2w": 440, "flair": 233, "bold_*": 850, "dwi": 613, "sbref": 88, "lesion": 228},
+                "images": {"t1w": 447, "t2w": 441, "flair": 235, "bold_*": 1402, "dwi": 2089, "sbref": 322},
+            },
         )
     ]

@@ -31,6 +31,12 @@ _OUTCOME = {
     "optional": True,
 }
 
+_MD5 = "4959a5dd2438d53e3c86d6858484e781"  # of the release's archive
+
+# Not published to the last file.
+_PERFUSION = {"count": 140, "tolerance": 5}
+_VESSELS = {"count": 100, "tolerance": 10}
+
 
 def _optional(*paths: str) -> dict:
     """An image that the release has for some subjects only."""
@@ -61,6 +67,17 @@ class Isles24(BidsBuilder):
                 "cow_mask": _optional(_CT + "cow-msk.nii.gz"),
             },
             metadata_from=[_BASELINE, _OUTCOME],
+            expected={
+                "paths": ["raw_data", "derivatives", "phenotype"],
+                "subjects": 149,
+                "columns": {
+                    **dict.fromkeys(("ncct", "cta", "dwi", "adc", "lesion_mask"), 149),
+                    **dict.fromkeys(("ctp", "tmax", "mtt", "cbf", "cbv"), _PERFUSION),
+                    **dict.fromkeys(("lvo_mask", "cow_mask"), _VESSELS),
+                },
+                "same_grid": [["dwi", "adc", "lesion_mask"], ["tmax", "mtt", "cbf", "cbv"]],
+                "archive_md5": _MD5,
+            },
         ),
         BidsConfig(
             name="full",
@@ -92,6 +109,22 @@ class Isles24(BidsBuilder):
                 "native_lesion_mask": _optional("derivatives/{subject}/ses-02/{subject}_ses-02_lesion-msk.nii"),
             },
             metadata_from=[{**_BASELINE, "rest": True}, {**_OUTCOME, "rest": True}],
+            expected={
+                "paths": ["raw_data", "derivatives", "phenotype"],
+                "subjects": 149,
+                "columns": {
+                    **dict.fromkeys(("raw_ncct", "space_ncct_dwi", "space_ncct_adc", "space_ncct_lesion_mask"), 149),
+                    **dict.fromkeys(("raw_ctp", "space_ncct_ctp", "space_ncct_tmax", "space_ncct_mtt"), _PERFUSION),
+                    **dict.fromkeys(("space_ncct_cbf", "space_ncct_cbv"), _PERFUSION),
+                    **dict.fromkeys(("space_ncct_lvo_mask", "space_ncct_cow_mask"), _VESSELS),
+                    "native_lesion_mask": 1,
+                },
+                "same_grid": [
+                    ["space_ncct_dwi", "space_ncct_adc", "space_ncct_lesion_mask"],
+                    ["space_ncct_tmax", "space_ncct_mtt", "space_ncct_cbf", "space_ncct_cbv"],
+                ],
+                "archive_md5": _MD5,
+            },
         ),
         BidsConfig(
             name="mr-lite",
@@ -102,6 +135,12 @@ class Isles24(BidsBuilder):
                 "dwi": "Images-DWI/{subject}_{session}_dwi.nii.gz",
                 "adc": "Images-ADC/{subject}_{session}_adc.nii.gz",
                 "lesion_mask": "Masks/{subject}_{session}_lesion-msk.nii.gz",
+            },
+            expected={
+                "paths": ["Images-DWI", "Images-ADC", "Masks"],
+                "subjects": 149,
+                "columns": {"dwi": 149, "adc": 149, "lesion_mask": 149},
+                "same_grid": [["dwi", "adc", "lesion_mask"]],
             },
         ),
     ]
