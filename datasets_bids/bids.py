@@ -268,9 +268,8 @@ def _filter(config: BidsConfig, matches: list[Match], reasons: dict[str, str]) -
     for key, capture in (("subjects", "subject"), ("sessions", "session")):
         wanted = wanted_labels(config, key)
         if wanted is not None:
-            passing = [match for match in matches if match.captures.get(capture) in wanted]
-            reasons |= {match.path: f"left out by {key}=" for match in matches if match not in passing}
-            matches = passing
+            reasons |= {m.path: f"left out by {key}=" for m in matches if m.captures.get(capture) not in wanted}
+            matches = [match for match in matches if match.captures.get(capture) in wanted]
     return matches
 
 

@@ -30,7 +30,6 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 from datasets.utils import tqdm
-from datasets.utils.file_utils import xopen
 from fsspec.core import url_to_fs
 
 from . import privacy
@@ -39,6 +38,7 @@ from .nifti import StoredFile, _load_stored
 from .privacy import Finding
 from .schema import Pattern, SchemaError, did_you_mean
 from .shards import local_path
+from .storage import open_file
 from .tables import read_table
 
 
@@ -934,7 +934,7 @@ def _identity_in_image(path: str) -> list[Finding]:
     local = local_path(path)
     try:
         if local is None:
-            with xopen(path, "rb") as remote:
+            with open_file(path) as remote:
                 file = StoredFile(remote.read(_BUFFER), path)
         else:
             file = StoredFile(local)
