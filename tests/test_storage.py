@@ -182,7 +182,17 @@ def test_a_push_to_the_hub_holds_a_few_shards(tmp_path, server):
         watcher.start()
         options = ["--storage-option", "anon=true", "--storage-option", f"endpoint_url={proxy.url}", "--num-proc", "2"]
         for data_dir, repo_id, more in ((tree, "alice/local", []), ("s3://hub/ds", "alice/remote", options)):
-            args = ["bids", "--data-dir", str(data_dir), "--repo-id", repo_id, "--max-shard-size", "310kB", "--private", *more]
+            args = [
+                "bids",
+                "--data-dir",
+                str(data_dir),
+                "--repo-id",
+                repo_id,
+                "--max-shard-size",
+                "310kB",
+                "--private",
+                *more,
+            ]
             command = [sys.executable, "-m", "datasets_bids.push", *args]
             pushed = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
             assert pushed.returncode == 0, pushed.stderr
