@@ -3,10 +3,12 @@
 Everything downstream asks this table; nothing asks the tree again.
 """
 
+import contextlib
+import gc
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, BinaryIO, NamedTuple
@@ -184,7 +186,8 @@ def index_tree(root: str, storage_options: Mapping[str, Any] | None = None) -> I
         raise FileNotFoundError(f"There is no directory {root}: check data_dir")
     if not os.path.isdir(root):
         raise NotADirectoryError(f"{root} is a file: data_dir takes the directory that holds the dataset")
-    return Index(root, tuple(sorted(_walk(root))))
+    with without_gc():
+        return Index(root, tuple(sorted(_walk(root))))
 
 
 def _index_url(root: str, storage_options: Mapping[str, Any] | None) -> Index:
@@ -209,6 +212,20 @@ def _index_url(root: str, storage_options: Mapping[str, Any] | None) -> Index:
     if not files:
         raise FileNotFoundError(f"There is no file under {root}: check data_dir")
     return Index(root, tuple(sorted(files)))
+
+
+@contextlib.contextmanager
+def without_gc() -> Iterator[None]:
+    """Lets the garbage collector rest. A tree makes many objects that all stay; looking through them, and through those of
+    all imported packages, time and again would take a third of the time.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _stem(path: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .index import NIFTI_EXTENSIONS, Index
+from .index import NIFTI_EXTENSIONS, Index, without_gc
 from .schema import (
     CaptureColumn,
     Column,
@@ -161,6 +161,7 @@ def _datatypes() -> frozenset[str]:
     return frozenset(bids_schema().objects.datatypes)
 
 
+@without_gc()
 def find_configs(index: Index) -> dict[str, list[Image]]:
     """Config name -> its images. The tree's own dataset is `default`, any other bears the name of its directory; images of
     no subject are in `group` (`NAME-group`), unless a dataset has no others. Every image is in one config.

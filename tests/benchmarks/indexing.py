@@ -3,7 +3,8 @@
     pip install bids2table pybids && python -m tests.benchmarks.indexing
 
 Ours is the walk with every file's size and times, and the entities of every image: what a build asks of the tree.
-Each is the best of `--repeat` runs in a process of its own; all in one run, since only the ratios mean something.
+Each is the best of `--repeat` runs in a process of its own; all in one run, since only the ratios mean something. Times are CPU
+times, so that other programs on the machine count less.
 """
 
 import argparse
@@ -41,9 +42,9 @@ def run(root):
 """
 TIMED = """
 import json, sys, time
-start = time.perf_counter()
+start = time.process_time()
 counts = run(sys.argv[1])
-print(json.dumps([time.perf_counter() - start, *counts]))
+print(json.dumps([time.process_time() - start, *counts]))
 """
 
 
