@@ -199,14 +199,9 @@ def test_a_push_to_the_hub_holds_a_few_shards(tmp_path, server):
         done.set()
         watcher.join()
         assert hub.tree("alice/remote") == hub.tree("alice/local")
-<<<<<<< HEAD
         shards = [path for path in hub.tree("alice/remote") if path.startswith("data/")]
     # Four shards at most, each with its preview beside it.
     assert len(shards) == 6 and 0 < largest[0] <= 8 and largest[1] < 5 * 310_000
-=======
-        shards = [path for path in hub.tree("alice/remote") if path.endswith(".parquet")]
-    assert len(shards) == 6 and 0 < largest[0] <= 4 and largest[1] < 4 * 310_000
->>>>>>> zeroconf
     assert proxy.resets
     proxy.close()
 
