@@ -40,7 +40,7 @@ def files(tmp_path):
     return make_files(tmp_path / "files", [500, 3000, 70_000, 20])
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_tables_of_any_layout(files, data):
     feature, column, expected = data.draw(columns(files))
