@@ -40,7 +40,7 @@ def files(tmp_path):
     return make_files(tmp_path / "files", [500, 3000, 70_000, 20])
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_tables_of_any_layout(files, data):
     feature, column, expected = data.draw(columns(files))
@@ -50,7 +50,8 @@ def test_tables_of_any_layout(files, data):
     assert result.schema == table.schema
     assert result["x"].to_pylist() == expected
     assert datasets.table.embed_table_storage(result)["x"].to_pylist() == expected
-    for dataset in [Dataset(table)] + [Dataset(table).to_iterable_dataset()] * bool(expected):
+    # a stream without a row cannot be made
+    for dataset in [Dataset(table), *([Dataset(table).to_iterable_dataset()] if expected else [])]:
         file = io.BytesIO()
         dataset.to_parquet(file)
         assert pq.read_table(file)["x"].to_pylist() == expected
