@@ -29,7 +29,7 @@ from .card import is_preview, remove_config, update_card
 from .embed import write_shard
 from .nifti import refuse_image
 from .pictures import Preview, beside
-from .shards import Shard, embedded_nbytes, plan_shards
+from .shards import Shard, embedded_nbytes, plan_shards, table_leaves
 from .storage import stamp
 
 
@@ -143,11 +143,14 @@ def push_to_directory(plan: PushPlan, output_dir: str | os.PathLike, card: Datas
     free = shutil.disk_usage(output_dir).free
     if needed > free:
         raise OSError(f"{output_dir}: {needed:,} bytes are to be written and {free:,} are free; choose another disk")
+    files = {(split, shard): count_files(plan.splits[split], shard) for split, shard in staged}
+    files_done = 0
     with progress_bar(plan.nbytes) as bar:
         bar.update(plan.nbytes - needed)
         for done, (key, path) in enumerate(staged.items()):
             (split, shard), dataset = key, plan.splits[key[0]]
-            bar.set_postfix_str(f"shard {done + 1} of {len(staged)}")
+            bar.set_postfix_str(f"{files_done} of {sum(files.values())} files, shard {done + 1} of {len(staged)}")
+            files_done += files[key]
             with contextlib.ExitStack() as stack:
                 if plan.preview and not previews[key].exists():
                     draw = partial(plan.preview.write, dataset, shard.start, shard.stop)
@@ -244,6 +247,12 @@ def _write_whole(path: Path, write: Callable[[str], object]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def count_files(dataset: datasets.Dataset, shard: Shard) -> int:
+    """Values of a shard that hold a file."""
+    table = dataset.with_format("arrow")[shard.start : shard.stop]
+    return sum(len(leaf.values) - leaf.values.null_count for leaf in table_leaves(table, dataset.features, 0))
 
 
 def progress_bar(total: int) -> tqdm:

@@ -127,6 +127,7 @@ def test_layout_of_the_directory(tree, tmp_path):
         "preview/train-00001-of-00002.parquet",
     ]
     assert sum(pq.read_metadata(path).num_rows for path in (out / "data").iterdir()) == 3
+    assert "of 9 files, shard 2 of 2" in pushed.stderr
     data = DatasetCard.load(out / "README.md").data
     assert data["configs"] == [
         {"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*"}]},
