@@ -16,6 +16,8 @@ LEFT_TO_THE_PACKAGE = {
 CHECKS_LEFT_TO_THE_PACKAGE = {
     # not in a patch yet
     "numpy_format_gives_arrays",
+    "torch_format_gives_tensors",
+    "jax_format_gives_arrays",
     "rgb_voxels_become_a_last_axis",
     "polars_format_gives_images",
     "datasets_that_differ_in_decode_can_be_concatenated",
