@@ -144,12 +144,12 @@ def push_to_directory(plan: PushPlan, output_dir: str | os.PathLike, card: Datas
     if needed > free:
         raise OSError(f"{output_dir}: {needed:,} bytes are to be written and {free:,} are free; choose another disk")
     files = {(split, shard): count_files(plan.splits[split], shard) for split, shard in staged}
-    files_done = 0
+    files_done, files_total = 0, sum(files.values())
     with progress_bar(plan.nbytes) as bar:
         bar.update(plan.nbytes - needed)
         for done, (key, path) in enumerate(staged.items()):
             (split, shard), dataset = key, plan.splits[key[0]]
-            bar.set_postfix_str(f"{files_done} of {sum(files.values())} files, shard {done + 1} of {len(staged)}")
+            bar.set_postfix_str(f"{files_done} of {files_total} files, shard {done + 1} of {len(staged)}")
             files_done += files[key]
             with contextlib.ExitStack() as stack:
                 if plan.preview and not previews[key].exists():

@@ -204,10 +204,7 @@ def main(args: list[str] | None = None) -> int:
             push_to_hub(plan, options, builder)
             return 0
         push_to_directory(plan, options.output_dir, builder_card(builder))
-    except (ValueError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    except ImportError as e:
+    except (ValueError, OSError, ImportError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
